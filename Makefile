@@ -1,0 +1,73 @@
+# Every target installs what it needs into .venv at its first call. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+CONFIG ?= configs/cifar10.yaml
+GPUS   ?= auto
+N      ?=
+ARGS   ?=
+# Beside other work, threads that spin while they wait cost everyone.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+ifeq ($(GPUS),auto)
+DEVICES := --trainer.accelerator auto --trainer.devices auto
+else ifeq ($(GPUS),0)
+DEVICES := --trainer.accelerator cpu --trainer.devices 1
+else
+DEVICES := --trainer.accelerator gpu --trainer.devices $(GPUS)
+endif
+ifneq ($(filter-out auto 0 1,$(GPUS)),)
+DEVICES += --trainer.strategy ddp
+endif
+
+RUN := $(BIN)/python -m diffusion_lit
+NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo train sample evaluate test lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+install: $(READY) ## install into .venv
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; choose one with PYTHON=python3.12"; rm -rf $(VENV); exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train on embedded digits, sample and score: minutes on a CPU
+	@rm -rf runs/demo
+	$(RUN) fit -c configs/base.yaml -c configs/digits.yaml --trainer.accelerator cpu --trainer.devices 1 \
+		--trainer.default_root_dir runs/demo $(ARGS)
+
+train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto; more options by ARGS="--key value"
+	$(RUN) fit -c configs/base.yaml -c $(CONFIG) $(DEVICES) $(ARGS)
+
+sample: $(READY) ## generate N=64 images from CKPT=...
+	$(NEEDS_CKPT)$(RUN) predict --ckpt_path $(CKPT) $(DEVICES) --num_images $(or $(N),64) $(ARGS)
+
+evaluate: $(READY) ## score CKPT=... by the Frechet distance over N images, the recipe's number by default
+	$(NEEDS_CKPT)$(RUN) test --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--frechet.test_num_images $(N)) $(ARGS)
+
+test: $(READY) ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches, not runs
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

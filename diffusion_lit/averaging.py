@@ -1,0 +1,123 @@
+"""Averages of a module's weights over training, and one way to put them to use."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverages:
+    """Exponential moving averages of trainable parameters, and of nothing else.
+
+    A decay is also the name of its average, as `str(decay)`; the first is the primary one.
+
+    Args:
+        module: Whose parameters are averaged.
+        decays: One average for each, in [0, 1).
+        warmup: Whether the decay starts low, min(decay, (1 + n) / (10 + n)) at the n-th update, so that
+            short runs do not keep their random start.
+
+    Raises:
+        ValueError: If there is no decay, or one outside [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decays: Sequence[float], warmup: bool = False) -> None:
+        if not decays or not all(0 <= d < 1 for d in decays) or len(set(decays)) < len(decays):
+            raise ValueError(f"ema.decays={list(decays)} must be distinct values in [0, 1); DDPM uses [0.9999]")
+        self.decays = list(decays)
+        self.warmup = warmup
+        self.num_updates = 0
+        self._names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self._averages = {str(d): self._snapshot(module) for d in decays}
+        self._raw: list[Tensor] | None = None
+        self._in_place: str | None = None
+
+    @property
+    def primary(self) -> str:
+        """The name of the average that stands for the model."""
+        return str(self.decays[0])
+
+    @property
+    def in_place(self) -> str | None:
+        """The name of the average that the module holds at this moment, None while it holds its own weights."""
+        return self._in_place
+
+    def _parameters(self, module: nn.Module) -> list[Tensor]:
+        return [module.get_parameter(name) for name in self._names]
+
+    def _snapshot(self, module: nn.Module) -> list[Tensor]:
+        return [p.detach().clone().float() for p in self._parameters(module)]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Moves every average towards the module's weights; once per optimiser step."""
+        self.num_updates += 1
+        parameters = [p.detach().float() for p in self._parameters(module)]
+        for decay in self.decays:
+            limit = (1 + self.num_updates) / (10 + self.num_updates) if self.warmup else 1.0
+            torch._foreach_lerp_(self._averages[str(decay)], parameters, 1 - min(decay, limit))
+
+    @contextmanager
+    def swapped(self, module: nn.Module, name: str | None = None) -> Iterator[None]:
+        """The module holds an average inside this context and its own weights after it, whatever happens.
+
+        Args:
+            module: The module that is being averaged.
+            name: Which average; the primary one by default.
+
+        Raises:
+            KeyError: If there is no such average.
+            RuntimeError: If an average is in place already: contexts do not nest.
+        """
+        if self._in_place is not None:
+            raise RuntimeError(f"the average {self._in_place} is in place already: leave that context first")
+        name = name or self.primary
+        average = self._averages[name]
+        parameters = self._parameters(module)
+        with torch.no_grad():
+            self._raw = [p.detach().clone() for p in parameters]
+            torch._foreach_copy_(parameters, average)
+        self._in_place = name
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, self._raw)
+            self._raw = self._in_place = None
+
+    def average(self, name: str | None = None) -> dict[str, Tensor]:
+        """One average by parameter name, float32."""
+        return dict(zip(self._names, self._averages[name or self.primary], strict=True))
+
+    def raw(self, module: nn.Module) -> dict[str, Tensor]:
+        """The weights that training goes on from, whatever the module holds at this moment."""
+        values = self._parameters(module) if self._raw is None else self._raw
+        return {name: value.detach() for name, value in zip(self._names, values, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the primary average, which is its `state_dict`."""
+        return {
+            "decays": self.decays,
+            "warmup": self.warmup,
+            "num_updates": self.num_updates,
+            "averages": {str(d): self.average(str(d)) for d in self.decays[1:]},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], primary: dict[str, Tensor]) -> None:
+        """Takes over the averages of a checkpoint.
+
+        A decay that the checkpoint does not have starts at its primary average.
+
+        Args:
+            state: From `state_dict`.
+            primary: The primary average by parameter name.
+        """
+        self.num_updates = state["num_updates"]
+        stored = {str(state["decays"][0]): primary, **state["averages"]}
+        for decay in self.decays:
+            source = stored.get(str(decay), primary)
+            for name, average in zip(self._names, self._averages[str(decay)], strict=True):
+                average.copy_(source[name])

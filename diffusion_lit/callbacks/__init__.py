@@ -1,0 +1,23 @@
+"""What happens beside the training step."""
+
+from diffusion_lit.callbacks.checkpoints import Checkpoints, WholeFiles
+from diffusion_lit.callbacks.ema import EMA
+from diffusion_lit.callbacks.frechet import Frechet
+from diffusion_lit.callbacks.image_writer import ImageWriter
+from diffusion_lit.callbacks.plots import Plots
+from diffusion_lit.callbacks.progress import ProgressBar, sampling_bar
+from diffusion_lit.callbacks.sample_grid import SampleGrid
+from diffusion_lit.callbacks.scalars import Scalars
+
+__all__ = [
+    "EMA",
+    "Checkpoints",
+    "Frechet",
+    "ImageWriter",
+    "Plots",
+    "ProgressBar",
+    "SampleGrid",
+    "Scalars",
+    "WholeFiles",
+    "sampling_bar",
+]

@@ -1,0 +1,204 @@
+"""The Fréchet distance between generated and real images, over all processes."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from diffusion_lit.callbacks.checkpoints import FOLDER
+from diffusion_lit.callbacks.interval import Interval
+from diffusion_lit.callbacks.progress import sampling_bar
+from diffusion_lit.callbacks.sample_grid import check_sampler
+from diffusion_lit.callbacks.scalars import images_seen
+from diffusion_lit.data.base import ImageData
+from diffusion_lit.diffusion import Sampler
+from diffusion_lit.generation import Requests
+from diffusion_lit.images import to_uint8
+from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
+from diffusion_lit.metrics.features import Inception, as_extractor
+from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
+from diffusion_lit.metrics.reference import Reference, WrongImageCount, cache_path, cached_reference, compute_reference
+from diffusion_lit.module import DiffusionModule
+
+
+class Frechet(L.Callback):
+    """Scores the averaged model while it trains, and any checkpoint in `test`.
+
+    With Inception features the scalar is called `fid`, with others `frechet/<extractor>`. The best model by this
+    score is kept as <run>/checkpoints/best.ckpt.
+
+    Args:
+        extractor: Makes features of 8-bit images.
+        every_n_steps: Optimiser steps between scores; null: never while training.
+        num_images: Images generated for a score while training.
+        test_num_images: Images generated for a score in `test`.
+        batch_size: Images generated at once by each process.
+        sampler: How images are generated; null: by the model's own sampler.
+        seed: Decides their noise.
+        reference: An .npz file with mu and sigma; null: computed from the training images, once, and kept.
+        cache_dir: Where computed references are kept; null: $DIFFUSION_LIT_CACHE or ~/.cache/diffusion_lit.
+        at_start: Whether to score the untrained model too.
+
+    Raises:
+        ValueError: If a number is below 1.
+
+    Source: Heusel et al. 2017.
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module = Inception(),
+        every_n_steps: int | None = None,
+        num_images: int = 10_000,
+        test_num_images: int = 50_000,
+        batch_size: int = 256,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        reference: str | None = None,
+        cache_dir: str | None = None,
+        at_start: bool = False,
+    ) -> None:
+        self.extractor = as_extractor(extractor)
+        self.interval = Interval(every_n_steps)
+        self.requests = Requests(num_images, batch_size)
+        self.test_requests = Requests(test_num_images, batch_size)
+        self.sampler = sampler
+        self.seed = seed
+        self.reference_file = reference
+        self.cache_dir = cache_dir
+        self.at_start = at_start
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self._reference: Reference | None = None
+        self._scored_at: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the scalar is called."""
+        return self.extractor.metric_name
+
+    def _wanted(self, stage: str) -> bool:
+        return stage == "test" or (stage == "fit" and self.interval.steps is not None)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gets hold of the extractor's weights, or says on all processes why it cannot, before anything long starts."""
+        if not self._wanted(stage) or not isinstance(pl_module, DiffusionModule):
+            return
+        if self.sampler is not None:
+            check_sampler(self.sampler, pl_module.process, "frechet")
+        if self.reference_file is not None and not Path(self.reference_file).is_file():
+            raise FileNotFoundError(f"frechet.reference={self.reference_file}: there is no such file")
+        error: Exception | None = None
+        if trainer.local_rank == 0:
+            try:
+                self.extractor.prepare()
+            except (RuntimeError, ValueError, OSError) as problem:
+                error = problem
+        message = trainer.strategy.broadcast(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if message is not None:
+            raise RuntimeError(message)
+        self.extractor.prepare()
+
+    def _reduce(self, trainer: L.Trainer, tensor: Tensor) -> Tensor:
+        return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="sum"))
+
+    def reference(self, trainer: L.Trainer, module: L.LightningModule) -> Reference:
+        """The real images' statistics: from the given file, from the cache, or computed by all processes."""
+        if self._reference is not None:
+            return self._reference
+        self.extractor.to(module.device)
+        reduce_sum = partial(self._reduce, trainer)
+        if self.reference_file is not None:
+            self._reference = Reference.load(self.reference_file)
+            return self._reference
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ImageData):
+            raise ValueError("a Fréchet distance needs real images: give --data, or statistics by --frechet.reference")
+        images = data.dataset("train")
+        path = cache_path(
+            self.cache_dir, images.fingerprint(), self.extractor.fingerprint(), resolution=images.image_size
+        )
+
+        def compute() -> Reference:
+            rank_zero_info(f"{self.name}: computing reference statistics of {images.name}, {len(images):,} images")
+            batches = data.reference_batches(trainer.global_rank, trainer.world_size, self.requests.batch_size)
+            reference = compute_reference(batches, self.extractor, module.device, reduce_sum, name=images.name)
+            share = torch.tensor(
+                data.num_images("train", trainer.global_rank, trainer.world_size), device=module.device
+            )
+            readable = int(reduce_sum(share))
+            if reference.count != readable:
+                raise WrongImageCount(f"{images.name}: counted {reference.count} images of {readable}")
+            return reference
+
+        self._reference = cached_reference(
+            path, compute, self.extractor, module.device, reduce_sum, write=trainer.local_rank == 0
+        )
+        return self._reference
+
+    def score(self, trainer: L.Trainer, module: DiffusionModule, requests: Requests) -> float:
+        """Generates all requested images over all processes and compares them; collective.
+
+        Returns:
+            The distance, the same on every process.
+
+        Raises:
+            ValueError: If not exactly the images asked for were counted.
+        """
+        reference = self.reference(trainer, module)
+        self.extractor.to(module.device).eval()
+        moments = FeatureMoments(self.extractor.num_features, module.device)
+        with module.averaged_weights(), sampling_bar(trainer, module, requests, self.name), torch.no_grad():
+            for request, count in requests.of_rank(trainer.global_rank, trainer.world_size):
+                images = module.sample(request["index"].tolist(), self.seed, self.sampler)
+                moments.update(self.extractor(to_uint8(images[:count])))
+        moments = moments.reduce(partial(self._reduce, trainer))
+        if moments.count != requests.num_images:
+            raise ValueError(f"{self.name}: counted {moments.count} images instead of {requests.num_images}")
+        mu, sigma = moments.mean_and_covariance()
+        return frechet_distance(mu.cpu(), sigma.cpu(), reference.mu, reference.sigma)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.interval.start(trainer)
+        if self._wanted("fit") and isinstance(pl_module, DiffusionModule):
+            self.reference(trainer, pl_module)
+            if self.at_start and trainer.global_step == 0:
+                self._score_and_log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if self.interval.due(trainer) and isinstance(pl_module, DiffusionModule):
+            value = self._score_and_log(trainer, pl_module)
+            pl_module.log(self.name, value, prog_bar=True, logger=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        done = self._scored_at == trainer.global_step or trainer.interrupted
+        if self._wanted("fit") and not done and isinstance(pl_module, DiffusionModule):
+            self._score_and_log(trainer, pl_module)
+
+    def _score_and_log(self, trainer: L.Trainer, module: DiffusionModule) -> float:
+        value = self.score(trainer, module, self.requests)
+        self._scored_at = trainer.global_step
+        log_metrics(trainer, {self.name: value, IMAGES_SEEN: images_seen(trainer)})
+        rank_zero_info(f"step {trainer.global_step}: {self.name} {value:.4g} ({self.requests.num_images:,} images)")
+        if self.best is None or value < self.best:
+            self.best, self.best_step = value, trainer.global_step
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / FOLDER / "best.ckpt", weights_only=False)
+        return value
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, DiffusionModule):
+            value = self.score(trainer, pl_module, self.test_requests)
+            pl_module.log(self.name, value, sync_dist=False, rank_zero_only=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "scored_at": self._scored_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        self._scored_at = state_dict["scored_at"]

@@ -1,0 +1,244 @@
+"""The command line: fit, validate, test and predict."""
+
+import argparse
+import inspect
+import json
+import logging
+import os
+import pickle
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
+from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
+from diffusion_lit.callbacks.checkpoints import run_of
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.trainer import Trainer, require_file
+
+TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
+CARRIED = ("seed_everything", "model", "data", "ema", "sample_grid", "frechet", "checkpoints")
+USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line and name the nearest known key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if os.environ.get(TRACEBACK):
+            super().error(message, ex)
+        fail(one_line(message, self))
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with a one-line error."""
+    sys.stderr.write(f"diffusion_lit: error: {message}\n")
+    raise SystemExit(2)
+
+
+def known_names(parser: ArgumentParser) -> set[str]:
+    """Every name that may occur in a dotted key: of sections, their arguments, and those of every part on offer."""
+    names = {"class_path", "init_args", "dict_kwargs"}
+    for action in parser._actions:
+        names.update(action.dest.split("."))
+        for subparser in (action.choices if isinstance(action.choices, dict) else {}).values():
+            names |= known_names(subparser)
+    for room in (callbacks, data, diffusion, loggers, metrics, networks):
+        for part in vars(room).values():
+            if inspect.isclass(part):
+                names.update(inspect.signature(part.__init__).parameters)
+    return names | set(inspect.signature(DiffusionModule).parameters)
+
+
+def one_line(message: str, parser: ArgumentParser) -> str:
+    """A parser's message on one line; where a key is unknown, the nearest known one beside it."""
+    text = " ".join(line.strip(" -|\t") for line in message.splitlines())
+    unknown = re.search(
+        r"""(?:[Uu]nrecognized arguments: --|ambiguous option: --|[Oo]ption '|Key '|nested key ['"]?)([\w.]+)""", text
+    )
+    if unknown is None:
+        return text
+    names = known_names(parser)
+    parts = unknown[1].split(".")
+    nearest = [part if part in names else next(iter(get_close_matches(part, names, 1)), "") for part in parts]
+    if all(nearest) and nearest != parts:
+        return f"unknown key {unknown[1]!r}; did you mean {'.'.join(nearest)!r}?"
+    return text
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What the parser wrapped, where it did: an error raised by a part that it was making."""
+    while raised_by_parser(error) and isinstance(error.__cause__ or error.__context__, USER_ERRORS):
+        error = cast(BaseException, error.__cause__ or error.__context__)
+    return error
+
+
+def raised_by_parser(error: BaseException) -> bool:
+    """Whether the statement that raised an error is jsonargparse's own."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("jsonargparse")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes <run>/config.yaml when a run starts or goes on; only in fit, so that a sampled run keeps its own."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            path = Path(trainer.default_root_dir) / self.config_filename
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with the house's callbacks as sections, and checkpoints that bring their configuration along."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            DiffusionModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            trainer_defaults={"callbacks": [Scalars(), Plots(), ProgressBar()]},
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            args=None if args is None else list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for callback, section in (
+            (EMA, "ema"),
+            (SampleGrid, "sample_grid"),
+            (Frechet, "frechet"),
+            (Checkpoints, "checkpoints"),
+        ):
+            parser.add_lightning_class_args(callback, section)
+        for target in ("model.init_args.seed", "data.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict")}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(with_checkpoint_config(sys.argv[1:] if args is None else args))
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the checkpoint's configuration stands before the arguments already, so that they win."""
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[str(self.subcommand)].trainer
+        require_devices(trainer)
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            init_args = getattr(logger, "init_args", None)
+            if init_args is not None and "save_dir" in init_args and init_args.save_dir is None:
+                init_args.save_dir = trainer.default_root_dir
+
+    def after_instantiate_classes(self) -> None:
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True, skip_none=False))
+        self.model.config = {k: v for k, v in dumped[self.subcommand].items() if k in CARRIED}
+
+
+def with_checkpoint_config(args: list[str]) -> list[str]:
+    """Puts the configuration that a checkpoint carries before the arguments, for every subcommand but fit.
+
+    Loggers are off then, unless asked for: the run's curves are those of its training.
+
+    Raises:
+        ValueError: If the file is no checkpoint of ours.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    path = parser.parse_known_args(args)[0].ckpt_path
+    if not args or args[0] not in ("validate", "test", "predict") or path is None:
+        return args
+    require_file(path)
+    config = dict(read_checkpoint(path).get("config") or {})
+    config["trainer"] = {"logger": False, "default_root_dir": str(run_of(path))}
+    return [args[0], "--config", json.dumps(config), *args[1:]]
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Opens a checkpoint without executing anything in it; tensors stay on disk until they are used.
+
+    Raises:
+        ValueError: If it is damaged, or holds more than tensors and plain data.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no checkpoint of tensors and plain data ({reason})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def load_model(path: str) -> DiffusionModule:
+    """A model in eval mode from a checkpoint alone, with its averaged weights.
+
+    Args:
+        path: A checkpoint that `fit` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the checkpoint is damaged or carries no configuration.
+    """
+    require_file(path)
+    checkpoint = read_checkpoint(path)
+    if "model" not in checkpoint.get("config", {}):
+        raise ValueError(f"{path} carries no configuration of its model: it was not written by the command line")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DiffusionModule, "model")
+    made = parser.instantiate_classes(parser.parse_object({"model": checkpoint["config"]["model"]}))
+    model: DiffusionModule = made.model
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()
+
+
+def require_devices(trainer: Namespace) -> None:
+    """Raises ValueError if more GPUs are asked for than there are."""
+    gpus = torch.cuda.device_count()
+    if trainer.accelerator not in ("gpu", "cuda"):
+        return
+    wanted = str(trainer.devices)
+    if gpus == 0 or (wanted.isdigit() and int(wanted) > gpus):
+        raise ValueError(
+            f"trainer.devices={wanted} with accelerator={trainer.accelerator}, but this machine has {gpus} GPUs; "
+            f"use GPUS={gpus}" + ("" if gpus else ", which trains on the CPU")
+        )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; what a user got wrong ends in one line and exit code 2.
+
+    Set DIFFUSION_LIT_TRACEBACK=1 to see the traceback instead.
+    """
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        # Advertisements would bury what a run says.
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    try:
+        CLI(args)
+    except USER_ERRORS as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        cause = innermost(error)
+        kind = f"{type(cause).__name__}: " if type(cause) in (TypeError, RuntimeError) else ""
+        fail(kind + " ".join(str(cause).split()))

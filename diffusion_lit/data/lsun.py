@@ -1,0 +1,263 @@
+"""LSUN: scenes and objects in LMDB databases, read in place by any number of processes."""
+
+import contextlib
+import difflib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import lmdb
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from diffusion_lit.data.base import CorruptImage, ImageData, ImageDataset, Split, at_least
+from diffusion_lit.data.decode import PREPROCESSING, decode
+
+SCENES = (
+    "bedroom",
+    "bridge",
+    "church_outdoor",
+    "classroom",
+    "conference_room",
+    "dining_room",
+    "kitchen",
+    "living_room",
+    "restaurant",
+    "tower",
+)
+"""Categories with a train and a validation part."""
+
+OBJECTS = (
+    "airplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "dining_table",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "potted_plant",
+    "sheep",
+    "sofa",
+    "train",
+    "tv-monitor",
+)
+"""Categories with a train part only."""
+
+_SPARE_PAGES = 16
+_environments: dict[tuple[str, int], lmdb.Environment] = {}
+
+# LMDB must not be used across a fork, and lmdb refuses to open a database twice in one process. A child
+# therefore forgets its parent's environments and opens its own at its first read.
+os.register_at_fork(after_in_child=_environments.clear)
+
+
+class LSUN(ImageData):
+    """One category of LSUN.
+
+    Scenes come as `<root>/<category>_train_lmdb` and `<root>/<category>_val_lmdb`, objects as
+    `<root>/<category>` and without a validation part; either spelling is found. Images are cropped and
+    resized as `decode.square` tells. A missing validation part is reported and does not keep one from
+    training.
+
+    Args:
+        root: Folder that holds the databases' folders.
+        category: One of the ten scenes and twenty objects.
+        image_size: Height and width, pixels.
+        batch_size: Images per optimiser step, over all processes and accumulated micro-batches together.
+        num_workers: Processes that read and decode images.
+        flip: Whether to mirror training images left to right with probability 1/2 (DDPM: not for bedroom).
+        seed: Of the order and the mirroring of training images.
+        on_corrupt: Whether an unreadable image is an error, or is named, counted and left out.
+        eval_batch_size: Most images per batch and process in validation and test.
+
+    Raises:
+        ValueError: If there is no such category, or a number is out of range.
+
+    Source: Yu et al. 2015, LSUN.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        category: str = "church_outdoor",
+        image_size: int = 256,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        flip: bool = True,
+        seed: int = 0,
+        on_corrupt: Literal["stop", "skip"] = "stop",
+        eval_batch_size: int = 64,
+    ) -> None:
+        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size)
+        at_least("image_size", image_size, 1)
+        known = SCENES + OBJECTS
+        if category not in known:
+            near = difflib.get_close_matches(category, known, n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"LSUN has no category {category!r}; {meant} Set --data.init_args.category")
+        self.root = Path(root).expanduser()
+        self.category = category
+        self.image_size = image_size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.image_size, self.image_size
+
+    def prepare_data(self) -> None:
+        """Lists the keys once per machine, minutes for millions; the other processes read the list."""
+        path = self._find("train")
+        if path is not None:
+            list_keys(path)
+
+    def load(self, split: Split) -> ImageDataset | None:
+        path = self._find(split)
+        if path is not None:
+            return LSUNImages(f"LSUN {self.category} {split}", path, self.image_size)
+        looked_for = " and ".join(str(path) for path in self._candidates(split))
+        if split != "train":
+            if self.category in SCENES:
+                rank_zero_info(f"no LSUN {self.category} validation images: looked for {looked_for}")
+            return None
+        zipped = [path.with_name(path.name + ".zip") for path in self._candidates(split)]
+        there = [str(path) for path in zipped if path.is_file()]
+        remedy = f"unzip {there[0]} where it is" if there else f"download {zipped[0].name} and unzip it in {self.root}"
+        raise FileNotFoundError(
+            f"no LSUN {self.category} training images: looked for {looked_for}, each to hold data.mdb; "
+            f"{remedy}, or point --data.init_args.root at the folder that holds it"
+        )
+
+    def remedy(self, split: Split) -> str:
+        if self.category in OBJECTS:
+            return f": LSUN's {self.category} comes without a validation part"
+        return f"; put {self._candidates(split)[0].name} into {self.root}"
+
+    def _candidates(self, split: Split) -> list[Path]:
+        if split != "train":
+            return [self.root / f"{self.category}_val_lmdb"]
+        return [self.root / f"{self.category}_train_lmdb", self.root / self.category]
+
+    def _find(self, split: Split) -> Path | None:
+        return next((path for path in self._candidates(split) if (path / "data.mdb").is_file()), None)
+
+
+class LSUNImages(ImageDataset):
+    """The images of one LSUN database, decoded when they are read; there are no classes.
+
+    It can be pickled and used on either side of a fork: the database is opened by the process that reads.
+
+    Args:
+        name: What messages call the set.
+        path: The database's folder.
+        image_size: Height and width to crop and resize to, pixels.
+
+    Raises:
+        ValueError: If the database is incomplete, empty, or not an LMDB at all.
+    """
+
+    def __init__(self, name: str, path: Path, image_size: int) -> None:
+        super().__init__(name, image_size, channels=3)
+        self.path = path
+        self.keys = list_keys(path)
+        if not len(self.keys):
+            raise ValueError(f"{path} is an LMDB without any entry; unzip it again")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, index: int) -> tuple[Tensor, int | None]:
+        key = bytes(self.keys[index])
+        try:
+            with environment(self.path).begin() as transaction:
+                value = transaction.get(key)
+            if value is None:
+                raise ValueError("no such entry any more")
+            return decode(value, self.image_size), None
+        except (ValueError, lmdb.Error) as error:
+            raise CorruptImage(f"{self.path}, key {key.decode(errors='replace')}: {error}", index) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the keys, the size of the data and the preparation of the images, not the path."""
+        size = (self.path / "data.mdb").stat().st_size
+        digest = hashlib.sha256(f"{len(self)} {size} {self.image_size} {PREPROCESSING}".encode())
+        digest.update(self.keys.tobytes())
+        return digest.hexdigest()
+
+
+def environment(path: Path) -> lmdb.Environment:
+    """The one handle that this process has of a database, opened at the first call.
+
+    Raises:
+        ValueError: If this is not a whole LMDB. A short data file is refused here, because reading past
+            its end would kill the process with a bus error.
+    """
+    key = (os.path.realpath(path), os.getpid())
+    if key not in _environments:
+        try:
+            opened = lmdb.open(key[0], readonly=True, lock=False, readahead=False, create=False)
+        except lmdb.Error as error:
+            raise ValueError(f"{path} is not a readable LMDB ({error}); unzip it again") from error
+        pages, page_size = opened.info()["last_pgno"] + 1, opened.stat()["psize"]
+        size = (path / "data.mdb").stat().st_size
+        if size < (pages - _SPARE_PAGES) * page_size:
+            opened.close()
+            raise ValueError(
+                f"{path}/data.mdb is incomplete: {size:,} of {pages * page_size:,} bytes; copy or unzip it again"
+            )
+        _environments[key] = opened
+    return _environments[key]
+
+
+def list_keys(path: Path) -> np.ndarray:
+    """All keys of a database in its own order, (N,), dtype S.
+
+    Listing reads the whole index, so the keys are kept in a .npy file: beside the database if that folder can
+    be written, else under $DIFFUSION_LIT_CACHE (default ~/.cache/diffusion_lit). Its name holds the number of
+    entries and the size of the data, and in the shared folder a hash of the path: a changed database is
+    listed anew.
+
+    Raises:
+        ValueError: If this is not a whole LMDB.
+    """
+    count = environment(path).stat()["entries"]
+    size = (path / "data.mdb").stat().st_size
+    name = f"{count}-{size}.keys.npy"
+    where = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("DIFFUSION_LIT_CACHE") or "~/.cache/diffusion_lit").expanduser()
+    kept_at = (path.with_name(f"{path.name}-{name}"), cache / f"{path.name}-{where}-{name}")
+    for file in kept_at:
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            keys: np.ndarray = np.load(file, allow_pickle=False)
+            if keys.shape == (count,) and keys.dtype.kind == "S":
+                return keys
+    with environment(path).begin() as transaction:
+        keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)), dtype=bytes)
+    for file in kept_at:
+        with contextlib.suppress(OSError):
+            _write(file, keys)
+            break
+    return keys
+
+
+def _write(file: Path, keys: np.ndarray) -> None:
+    """Writes by rename, so that no reader ever sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            np.save(stream, keys, allow_pickle=False)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,48 @@
+"""The mathematics of diffusion: processes, parameterizations, objectives, samplers, likelihood."""
+
+from diffusion_lit.diffusion.denoiser import Denoiser
+from diffusion_lit.diffusion.grid import Grid, Quadratic, Trailing, Uniform
+from diffusion_lit.diffusion.noise import ImageNoise
+from diffusion_lit.diffusion.objective import DenoisingLoss, Objective
+from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, PosteriorMean, V
+from diffusion_lit.diffusion.process import DiscreteProcess, Process
+from diffusion_lit.diffusion.samplers import DDIM, Ancestral, Sampler, slerp
+from diffusion_lit.diffusion.schedule import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
+from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, ReverseVariance
+from diffusion_lit.diffusion.weighting import MinSNR, Simple, Variational, Velocity, Weighting
+
+__all__ = [
+    "DDIM",
+    "X0",
+    "Ancestral",
+    "Cosine",
+    "Denoiser",
+    "DenoisingLoss",
+    "DiscreteProcess",
+    "Eps",
+    "FixedLarge",
+    "FixedSmall",
+    "Grid",
+    "ImageNoise",
+    "Linear",
+    "MinSNR",
+    "Objective",
+    "Parameterization",
+    "PosteriorMean",
+    "Process",
+    "Quadratic",
+    "ReverseVariance",
+    "Sampler",
+    "ScaledLinear",
+    "Schedule",
+    "Sigmoid",
+    "Simple",
+    "Sqrt",
+    "Trailing",
+    "Uniform",
+    "V",
+    "Variational",
+    "Velocity",
+    "Weighting",
+    "slerp",
+]

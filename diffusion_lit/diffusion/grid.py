@@ -1,0 +1,72 @@
+"""Which of a process's times a sampler visits.
+
+A grid of S steps holds S + 1 times, t_S > ... > t_1 > t_0 = 0. It visits exactly S distinct table entries for
+any 1 <= S <= T: where a paper's rule rounds two times to one, the later moves up to the next free entry.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.process import DiscreteProcess
+
+
+class Grid(ABC):
+    """A rule that chooses S of T times."""
+
+    @abstractmethod
+    def positions(self, steps: int, num_steps: int) -> Tensor:
+        """S rising positions in the papers' indices 0 .. T - 1, float64, before rounding down."""
+
+    def __call__(self, steps: int, process: DiscreteProcess) -> Tensor:
+        """The times, falling, float64 on the CPU, (S + 1,); the last is 0.
+
+        Args:
+            steps: S.
+            process: Gives T.
+
+        Raises:
+            ValueError: If not 1 <= S <= T.
+        """
+        total = process.num_steps
+        if not 1 <= steps <= total:
+            raise ValueError(
+                f"sampler.steps={steps} must lie in 1 .. {total}, the steps of the process; "
+                f"set --model.sampler.init_args.steps to at most {total}"
+            )
+        wanted = self.positions(steps, total).floor().long().tolist()
+        indices: list[int] = []
+        for i, index in enumerate(wanted):
+            lowest = indices[-1] + 1 if indices else 0
+            indices.append(min(max(index, lowest), total - steps + i))
+        times = (torch.tensor(indices, dtype=torch.float64) + 1) / total
+        return torch.cat([times.flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
+class Uniform(Grid):
+    """Every (T/S)-th time, from the first. Source: Song et al. 2021 (DDIM), appendix D.2."""
+
+    def positions(self, steps: int, num_steps: int) -> Tensor:
+        return torch.arange(steps, dtype=torch.float64) * num_steps / steps
+
+
+class Quadratic(Grid):
+    """Squares of equally spaced numbers up to 0.8 T: denser near clean data.
+
+    The DDIM paper's choice for CIFAR-10. Source: Song et al. 2021 (DDIM), appendix D.2, and its code.
+    """
+
+    def positions(self, steps: int, num_steps: int) -> Tensor:
+        # The square of a rounded root may fall just short of a whole number, which flooring would lose.
+        return torch.linspace(0, (0.8 * num_steps) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
+
+
+class Trailing(Grid):
+    """Every (T/S)-th time, counted back from the last, so that sampling starts at pure noise.
+
+    Source: Lin et al. 2024, table 2.
+    """
+
+    def positions(self, steps: int, num_steps: int) -> Tensor:
+        return (torch.arange(1, steps + 1, dtype=torch.float64) * num_steps / steps).round() - 1

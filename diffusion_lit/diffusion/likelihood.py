@@ -1,0 +1,169 @@
+"""The variational bound: an upper bound on -log2 p(x_0), in bits per dimension.
+
+    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0
+
+    L_T     = KL(q(x_T | x_0) || N(0, I))                            the prior
+    L_{k-1} = KL(q(x_{k-1} | x_k, x_0) || p(x_{k-1} | x_k)), k > 1   the terms
+    L_0     = -log p(x_0 | x_1)                                      the decoder, over 8-bit levels
+
+All divided by the number of dimensions and by log 2.
+
+Source: Ho et al. 2020, eqs. 5, 8 and 13, and its code.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.process import DiscreteProcess, Process, expand
+from diffusion_lit.diffusion.samplers.base import NoiseFn, clip_x0
+from diffusion_lit.diffusion.variance import ReverseVariance
+from diffusion_lit.types import DenoiseFn, StepFn
+
+HALF_LEVEL = 1 / 255
+"""Half the distance between two of the 256 levels in [-1, 1]."""
+OPEN_EDGE = 0.999
+"""Beyond this a level is the first or the last, and its interval reaches to infinity."""
+SMALLEST_PROBABILITY = 1e-12
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound and its parts in bits per dimension, float64, for each of B images.
+
+    Attributes:
+        total: prior + decoder + the sum of all T - 1 terms, or an estimate of it from K of them, (B,).
+        prior: L_T, (B,).
+        decoder: L_0, (B,).
+        terms: L_{k-1} for the k in `ks`, not scaled up, (B, K).
+        ks: Rising table entries in 2 .. T, int64, (B, K); all of them unless only a part was asked for.
+    """
+
+    total: Tensor
+    prior: Tensor
+    decoder: Tensor
+    terms: Tensor
+    ks: Tensor
+
+
+def _bits(nats: Tensor) -> Tensor:
+    """Averages (B, ...) over an image's dimensions, (B,), and turns nats into bits."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def prior_bits(x0: Tensor, process: Process) -> Tensor:
+    """L_T, KL(q(x_T | x_0) || N(0, I)), in bits per dimension, (B,)."""
+    alpha, sigma = process.alpha_sigma(torch.ones((), dtype=torch.float64))
+    return _bits(0.5 * ((alpha * x0.double()) ** 2 + sigma**2 - 1 - 2 * sigma.log()))
+
+
+def discretized_log_prob(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Gives 8-bit levels a log probability: a Gaussian, integrated over each level's interval.
+
+    Args:
+        x0: Levels, in {-1, -1 + 2/255, ..., 1}.
+        mean: Of the Gaussian, in the shape of x0.
+        deviation: Of the Gaussian, above 0, broadcast against x0.
+
+    Returns:
+        Nats, float64, in the shape of x0; at least log 1e-12.
+
+    Source: Ho et al. 2020, eq. 13 and its code (half-width 1/255, edges at 0.999, clamp at 1e-12).
+    """
+    # In float32 the difference of two nearly equal probabilities would not reach down to the clamp.
+    x0, distance = x0.double(), x0.double() - mean.double()
+    below_upper = torch.special.ndtr((distance + HALF_LEVEL) / deviation.double())
+    below_lower = torch.special.ndtr((distance - HALF_LEVEL) / deviation.double())
+    upper = torch.where(x0 > OPEN_EDGE, torch.ones_like(x0), below_upper)
+    lower = torch.where(x0 < -OPEN_EDGE, torch.zeros_like(x0), below_lower)
+    return (upper - lower).clamp(min=SMALLEST_PROBABILITY).log()
+
+
+def _entries(num_steps: int, num_terms: int | None, noise: NoiseFn, x0: Tensor) -> Tensor:
+    """Which terms to evaluate for each image: rising k in 2 .. T, int64, (B, K).
+
+    All of them, or K evenly spaced ones behind a uniformly random offset, so that every k is equally likely.
+    The offset is read off the image's own noise and so does not depend on the batch.
+    """
+    batch, count = x0.shape[0], num_steps - 1
+    if num_terms is None or num_terms == count:
+        return torch.arange(2, num_steps + 1, device=x0.device).expand(batch, -1)
+    offset: Tensor = torch.special.ndtr(noise().to(x0.device).double().flatten(1)[:, :1])
+    stratum = torch.arange(num_terms, device=x0.device, dtype=torch.float64)
+    return 2 + ((stratum + offset) * count / num_terms).long().clamp(max=count - 1)
+
+
+@torch.no_grad()
+def bits_per_dim(
+    denoise: DenoiseFn,
+    x0: Tensor,
+    process: DiscreteProcess,
+    variance: ReverseVariance,
+    noise: NoiseFn,
+    num_terms: int | None = None,
+    clip: bool = True,
+    on_step: StepFn | None = None,
+) -> Bound:
+    """Bounds -log2 p(x_0) / D from above, by one draw of x_k for each term.
+
+    With num_terms the sum over k is estimated from that many of its T - 1 terms, evenly spaced behind a
+    random offset and scaled up by (T - 1) / K. This leaves the mean as it is and costs variance: over k the
+    terms differ by orders of magnitude. Prior and decoder are always evaluated.
+
+    Args:
+        denoise: Predicts x_0.
+        x0: 8-bit images scaled to [-1, 1], (B, C, H, W).
+        process: The forward process, of at least two steps; its prior is standard normal.
+        variance: The reverse variance, also of the decoder.
+        noise: Gives fresh standard normal noise in the shape of x0.
+        num_terms: K, in 1 .. T - 1; None: all.
+        clip: Whether predictions of x_0 are clipped to [-1, 1]; the paper's code does.
+        on_step: Told of every network evaluation, K + 1 in all.
+
+    Raises:
+        ValueError: If the process has one step only or num_terms lies outside 1 .. T - 1.
+
+    Source: Ho et al. 2020, eqs. 5 and 13.
+    """
+    total_steps = process.num_steps
+    if total_steps < 2:
+        raise ValueError(f"process.num_steps={total_steps} must be at least 2: one step has no reverse variance")
+    if num_terms is not None and not 1 <= num_terms <= total_steps - 1:
+        raise ValueError(
+            f"likelihood.num_terms={num_terms} must lie in 1 .. {total_steps - 1}, the terms of the process; "
+            f"lower it to {total_steps - 1}, or leave it out to evaluate every term"
+        )
+    if clip:
+        denoise = clip_x0(denoise, process)
+    ks = _entries(total_steps, num_terms, noise, x0)
+    evaluations = ks.shape[1] + 1
+
+    def predict_x0(t: Tensor) -> Tensor:
+        return denoise(process.perturb(x0, noise().to(x0), t), t).x0
+
+    first = torch.full((x0.shape[0],), 1 / total_steps, dtype=torch.float64, device=x0.device)
+    deviation = expand(variance(process, first, torch.zeros_like(first)).sqrt(), x0.double())
+    # In the step to clean data the posterior mean is the predicted x_0 itself.
+    decoder = _bits(-discretized_log_prob(x0, predict_x0(first), deviation))
+    if on_step is not None:
+        on_step(1, evaluations)
+
+    terms = []
+    for done, k in enumerate(ks.unbind(1), start=2):
+        t, s = k.double() / total_steps, (k.double() - 1) / total_steps
+        _, b, posterior_variance = process.posterior(t, s)
+        reverse_variance = variance(process, t, s)
+        ratio = posterior_variance / reverse_variance
+        # The means differ by b (x_0 - x0_hat) alone; subtracting them would lose digits.
+        squared = (x0 - predict_x0(t)).double().square().flatten(1).mean(1)
+        nats = 0.5 * (ratio - 1 - ratio.log()) + b**2 * squared / (2 * reverse_variance)
+        terms.append(nats / math.log(2))
+        if on_step is not None:
+            on_step(done, evaluations)
+
+    kl = torch.stack(terms, dim=1)
+    prior = prior_bits(x0, process)
+    total = prior + decoder + kl.sum(1) * ((total_steps - 1) / kl.shape[1])
+    return Bound(total=total, prior=prior, decoder=decoder, terms=kl, ks=ks)

@@ -1,0 +1,43 @@
+"""DDPM's ancestral sampling: x_s ~ p(x_s | x_t), step after step."""
+
+from torch import Tensor
+
+from diffusion_lit.diffusion.grid import Grid, Uniform
+from diffusion_lit.diffusion.process import Process, expand
+from diffusion_lit.diffusion.samplers.base import NoiseFn, Sampler
+from diffusion_lit.diffusion.variance import FixedLarge, ReverseVariance
+from diffusion_lit.types import DenoiseFn
+
+
+class Ancestral(Sampler):
+    """Draws from N(posterior mean at the predicted x_0, reverse variance).
+
+    Args:
+        steps: S; None: all T, as in the paper.
+        variance: The reverse variance. The paper's is `FixedLarge` for CIFAR-10 and `FixedSmall` for LSUN and
+            CelebA-HQ.
+        grid: Which S times when S < T; with `FixedLarge` this is DDIM's "sigma-hat" row.
+        clip: Whether predictions of x_0 are clipped to [-1, 1]; the paper's code does.
+
+    Source: Ho et al. 2020, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        variance: ReverseVariance = FixedLarge(),
+        grid: Grid = Uniform(),
+        clip: bool = True,
+    ) -> None:
+        super().__init__(steps, grid, clip)
+        self.variance = variance
+
+    def step(
+        self, denoise: DenoiseFn, x_t: Tensor, process: Process, t: Tensor, s: Tensor, noise: NoiseFn
+    ) -> tuple[Tensor, Tensor]:
+        x0 = denoise(x_t, t).x0
+        a, b, _ = (expand(c, x_t) for c in process.posterior(t, s))
+        mean = a * x_t + b * x0
+        if s == 0:
+            return mean, x0
+        return mean + expand(self.variance(process, t, s).sqrt(), x_t) * noise(), x0

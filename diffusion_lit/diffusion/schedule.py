@@ -1,0 +1,146 @@
+"""Noise schedules: how much is forgotten in each of the T steps of a discrete chain.
+
+A schedule gives beta_1 .. beta_T; everything else (alpha_bar, the posteriors, log-SNR) follows in `process`.
+"Linear" means linear in beta and "scaled linear" linear in sqrt(beta); neither is rescaled with T.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999
+
+
+class Schedule(ABC):
+    """A family of noise schedules, one for every number of steps."""
+
+    @abstractmethod
+    def betas(self, num_steps: int) -> Tensor:
+        """beta_1 .. beta_T, float64, (T,), each in (0, 1)."""
+
+
+def betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_steps: int) -> Tensor:
+    """The betas of a curve alpha_bar(u), u in [0, 1], cut at 0.999 so that no step forgets everything.
+
+    Source: Nichol & Dhariwal 2021, section 3.2.
+    """
+    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    curve = alpha_bar(u)
+    # 0 / 0 where a curve has reached zero before its end.
+    return (1 - curve[1:] / curve[:-1]).nan_to_num(nan=1.0).clamp(max=MAX_BETA)
+
+
+def _check_beta_range(name: str, beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"{name}: beta_start={beta_start}, beta_end={beta_end} must satisfy "
+            "0 < beta_start <= beta_end < 1; DDPM uses 1e-4 and 0.02"
+        )
+
+
+class Linear(Schedule):
+    """beta rises linearly.
+
+    Args:
+        beta_start: beta_1.
+        beta_end: beta_T.
+
+    Source: Ho et al. 2020, section 4.
+    """
+
+    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+        _check_beta_range("Linear", beta_start, beta_end)
+        self.beta_start, self.beta_end = beta_start, beta_end
+
+    def betas(self, num_steps: int) -> Tensor:
+        return torch.linspace(self.beta_start, self.beta_end, num_steps, dtype=torch.float64)
+
+
+class ScaledLinear(Schedule):
+    """sqrt(beta) rises linearly; elsewhere also called "quadratic", and in the LDM code "linear".
+
+    Args:
+        beta_start: beta_1.
+        beta_end: beta_T.
+
+    Source: Rombach et al. 2022, in their code.
+    """
+
+    def __init__(self, beta_start: float = 0.0015, beta_end: float = 0.0195) -> None:
+        _check_beta_range("ScaledLinear", beta_start, beta_end)
+        self.beta_start, self.beta_end = beta_start, beta_end
+
+    def betas(self, num_steps: int) -> Tensor:
+        roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, num_steps, dtype=torch.float64)
+        return roots.square()
+
+
+class Cosine(Schedule):
+    """alpha_bar(u) is cos^2((u + offset) / (1 + offset) * pi / 2), normalised to 1 at u = 0.
+
+    Args:
+        offset: Keeps the first betas away from zero.
+
+    Source: Nichol & Dhariwal 2021, eq. 17.
+    """
+
+    def __init__(self, offset: float = 0.008) -> None:
+        if not 0 < offset < 1:
+            raise ValueError(f"Cosine: offset={offset} must lie in (0, 1); the paper uses 0.008")
+        self.offset = offset
+
+    def betas(self, num_steps: int) -> Tensor:
+        def alpha_bar(u: Tensor) -> Tensor:
+            return torch.cos((u + self.offset) / (1 + self.offset) * math.pi / 2).square()
+
+        return betas_from_alpha_bar(alpha_bar, num_steps)
+
+
+class Sqrt(Schedule):
+    """alpha_bar(u) is 1 - sqrt(u + offset), normalised to 1 at u = 0: the noise level rises fast at first.
+
+    Not to be taken for the LDM code's "sqrt", which means beta = sqrt(linear).
+
+    Args:
+        offset: Keeps the first betas from being even larger.
+
+    Source: Li et al. 2022 (Diffusion-LM), appendix A.
+    """
+
+    def __init__(self, offset: float = 1e-4) -> None:
+        if not 0 < offset < 1:
+            raise ValueError(f"Sqrt: offset={offset} must lie in (0, 1); the paper uses 1e-4")
+        self.offset = offset
+
+    def betas(self, num_steps: int) -> Tensor:
+        return betas_from_alpha_bar(lambda u: (1 - (u + self.offset).sqrt()).clamp(min=0), num_steps)
+
+
+class Sigmoid(Schedule):
+    """alpha_bar(u) is a sigmoid falling from 1 to 0, its argument running from start to end over tau.
+
+    Not to be taken for the schedule whose *betas* rise as a sigmoid.
+
+    Args:
+        start: Argument at u = 0.
+        end: Argument at u = 1.
+        tau: Temperature, above 0.
+
+    Source: Jabri et al. 2022; Chen 2023, algorithm 1.
+    """
+
+    def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> None:
+        if not start < end or tau <= 0:
+            raise ValueError(f"Sigmoid: start={start} < end={end} and tau={tau} > 0 must hold")
+        self.start, self.end, self.tau = start, end, tau
+
+    def betas(self, num_steps: int) -> Tensor:
+        def alpha_bar(u: Tensor) -> Tensor:
+            low, high = (torch.tensor(x / self.tau, dtype=torch.float64).sigmoid() for x in (self.start, self.end))
+            here = ((u * (self.end - self.start) + self.start) / self.tau).sigmoid()
+            return ((high - here) / (high - low)).clamp(min=0)
+
+        return betas_from_alpha_bar(alpha_bar, num_steps)

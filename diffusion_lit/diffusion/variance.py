@@ -1,0 +1,48 @@
+"""The reverse variance: how much noise p(x_s | x_t) puts back.
+
+Both choices are optimal for some data, standard normal (large) and a single point (small), and bound
+the others. Source: Ho et al. 2020, section 3.2.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.process import Process
+
+
+class ReverseVariance(ABC):
+    """sigma^2 of p(x_s | x_t), for any s < t."""
+
+    @abstractmethod
+    def __call__(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
+        """The variance in the shape of t; above 0 unless t = 1 and s = 0, a chain of one step."""
+
+
+def _of_last_step(process: Process, t: Tensor) -> Tensor:
+    """The posterior variance of the step that leads to t, q(x_t | x_2t, x_0).
+
+    It stands in for the last step's, which is 0 and has no logarithm.
+    """
+    return process.posterior((2 * t).clamp(max=1.0), t)[2]
+
+
+class FixedSmall(ReverseVariance):
+    """The posterior variance beta-tilde; in the step to clean data, where that vanishes, the step before's.
+
+    The last reverse step adds no noise when sampling; its variance matters for the likelihood alone.
+    """
+
+    def __call__(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
+        return torch.where(s > 0, process.posterior(t, s)[2], _of_last_step(process, t))
+
+
+class FixedLarge(ReverseVariance):
+    """beta, the variance of q(x_t | x_s); in the step to clean data `FixedSmall`'s, as in the paper's code.
+
+    Over a sub-sequence of times it is DDIM's sigma-hat squared, 1 - alpha_bar_t / alpha_bar_s.
+    """
+
+    def __call__(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
+        return torch.where(s > 0, process.transition(t, s)[1], _of_last_step(process, t))

@@ -1,0 +1,78 @@
+"""How much the squared error of eps counts at each noise level.
+
+A weight w(t) multiplies |eps - eps_hat|^2. The same error of x_0 is SNR(t) times smaller,
+|x_0 - x0_hat|^2 = |eps - eps_hat|^2 / SNR(t), so that every published choice can be written in this one form.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.process import Process
+from diffusion_lit.diffusion.variance import FixedLarge, ReverseVariance
+
+
+class Weighting(ABC):
+    """A function of the noise level."""
+
+    @abstractmethod
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        """Weights in the shape of t, at least 0."""
+
+
+class Simple(Weighting):
+    """1: the loss L_simple. Source: Ho et al. 2020, eq. 14."""
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+class Variational(Weighting):
+    """The weight that makes the loss a step of the variational bound, the paper's L, in nats.
+
+    |mu - mu_hat|^2 / (2 sigma^2) with mu the posterior mean and sigma^2 the reverse variance; the last step,
+    to clean data, is taken as a Gaussian too. What the variances add is the same for every network: left out.
+
+    Args:
+        variance: The reverse variance.
+
+    Source: Ho et al. 2020, eqs. 8 and 12.
+    """
+
+    def __init__(self, variance: ReverseVariance = FixedLarge()) -> None:
+        self.variance = variance
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        s = process.previous(t)
+        alpha, sigma = process.alpha_sigma(t)
+        _, b, _ = process.posterior(t, s)
+        return (b * sigma / alpha) ** 2 / (2 * self.variance(process, t, s))
+
+
+class MinSNR(Weighting):
+    """min(SNR, gamma) / SNR: easy, nearly clean inputs count less.
+
+    Args:
+        gamma: The signal-to-noise ratio from which on weights fall, above 0.
+
+    Source: Hang et al. 2023, eq. 8.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        if gamma <= 0:
+            raise ValueError(f"MinSNR: gamma={gamma} must be above 0; the paper uses 5")
+        self.gamma = gamma
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return (self.gamma * (-process.log_snr(t)).exp()).clamp(max=1.0)
+
+
+class Velocity(Weighting):
+    """1 + 1 / SNR: the squared error of v, for networks that predict it.
+
+    Source: Salimans & Ho 2022, section 4 ("SNR+1").
+    """
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return 1 + (-process.log_snr(t)).exp()

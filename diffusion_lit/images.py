@@ -1,0 +1,59 @@
+"""Between 8-bit images and the model's range, and images on disk."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+
+def from_uint8(image: Tensor) -> Tensor:
+    """Maps 8-bit images, (B, C, H, W), linearly to float32 in [-1, 1]: 0 to -1 and 255 to 1."""
+    return image.float() / 127.5 - 1.0
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Maps images in [-1, 1] to 8 bits: rounds to the nearest level, clamps what lies outside."""
+    return ((image.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """An 8-bit (C, H, W) tensor with one or three channels as a Pillow image."""
+    array = image.cpu().numpy()
+    return Image.fromarray(array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def tile(images: Tensor, columns: int | None = None, tile_size: int = 64, gap: int = 4) -> Tensor:
+    """Lays images out in a grid, row by row.
+
+    Args:
+        images: 8-bit images, (B, C, H, W).
+        columns: Tiles per row; by default as square a grid as B allows.
+        tile_size: Images smaller than this are enlarged bicubically to it, so that a person can see them.
+        gap: White pixels between tiles.
+
+    Returns:
+        One 8-bit image, (C, rows, columns).
+    """
+    count, channels, height, width = images.shape
+    if height < tile_size:
+        scale = tile_size / height
+        images = F.interpolate(images.float(), scale_factor=scale, mode="bicubic", align_corners=False)
+        images = images.round().clamp(0, 255).to(torch.uint8)
+        height, width = images.shape[-2:]
+    columns = columns or math.ceil(math.sqrt(count))
+    missing = -count % columns
+    white = torch.full((missing, channels, height, width), 255, dtype=torch.uint8)
+    tiles = F.pad(torch.cat([images.cpu(), white]), (0, gap, 0, gap), value=255)
+    canvas = rearrange(tiles, "(row column) c h w -> c (row h) (column w)", column=columns)
+    return canvas[:, : canvas.shape[1] - gap, : canvas.shape[2] - gap]
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Writes an 8-bit (C, H, W) image as PNG, making the directory where needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil(image).save(path)

@@ -1,0 +1,38 @@
+"""Scores of generated images: the Fréchet distance (FID), its features and the real images' statistics."""
+
+from diffusion_lit.metrics.features import (
+    FeatureExtractor,
+    Inception,
+    Pixels,
+    WeightsUnavailable,
+    as_extractor,
+    exact_float32,
+)
+from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, frechet_distance, one_process
+from diffusion_lit.metrics.reference import (
+    Reference,
+    WrongImageCount,
+    cache_path,
+    cached_reference,
+    compute_reference,
+    default_cache_dir,
+)
+
+__all__ = [
+    "FeatureExtractor",
+    "FeatureMoments",
+    "Inception",
+    "Pixels",
+    "ReduceSum",
+    "Reference",
+    "WeightsUnavailable",
+    "WrongImageCount",
+    "as_extractor",
+    "cache_path",
+    "cached_reference",
+    "compute_reference",
+    "default_cache_dir",
+    "exact_float32",
+    "frechet_distance",
+    "one_process",
+]

@@ -1,0 +1,5 @@
+"""Networks, which know nothing of diffusion: (x, time, condition) -> output."""
+
+from diffusion_lit.networks.unet import UNet
+
+__all__ = ["UNet"]

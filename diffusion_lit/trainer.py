@@ -1,0 +1,192 @@
+"""The Trainer behind the command line: what fit, validate, test and predict take and check."""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as L
+from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, run_of
+from diffusion_lit.callbacks.image_writer import ImageWriter
+from diffusion_lit.callbacks.progress import ProgressBar
+from diffusion_lit.generation import Request, Requests
+from diffusion_lit.module import AVERAGED, DiffusionModule
+
+LAST = "last"
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer with whole-file checkpoints, our own sharding of data, and `predict` by number of images.
+
+    A run is its directory, `default_root_dir`.
+    """
+
+    def __init__(self, *args: Any, plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None, **kwargs: Any) -> None:
+        given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+            given = [*given, WholeFiles()]
+        if kwargs.get("enable_progress_bar") is False and isinstance(kwargs.get("callbacks"), list):
+            kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
+        kwargs["use_distributed_sampler"] = False
+        super().__init__(*args, plugins=given, **kwargs)
+
+    def fit(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Trains a model.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: A checkpoint to continue from, or "last": the run's own newest, if it has one.
+
+        Raises:
+            ValueError: If the run directory cannot be written to, or holds a run that would be overwritten.
+            FileNotFoundError: If the checkpoint is not there.
+        """
+        run_dir = Path(self.default_root_dir)
+        newest = last_checkpoint(run_dir)
+        if ckpt_path == LAST:
+            ckpt_path = str(newest) if newest.is_file() else None
+            rank_zero_info(f"continuing from {newest}" if ckpt_path else f"{newest} is not there: starting anew")
+        elif ckpt_path is not None:
+            require_file(ckpt_path)
+        if self.is_global_zero:
+            require_writable(run_dir)
+            if ckpt_path is None and newest.is_file():
+                raise ValueError(
+                    f"{run_dir} holds a run already: continue it with --ckpt_path last, or choose another directory "
+                    "with --trainer.default_root_dir"
+                )
+        super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+    def validate(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights: str = AVERAGED,
+    ) -> Any:
+        """Computes the loss over the validation images.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: The checkpoint to look at.
+            weights: "averaged", "raw", or the decay of a further average.
+        """
+        self._choose(model, ckpt_path, weights)
+        return super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+    def test(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights: str = AVERAGED,
+    ) -> Any:
+        """Computes the loss over the test images, and the Fréchet distance of generated images to the training set.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: The checkpoint to look at.
+            weights: "averaged", "raw", or the decay of a further average.
+        """
+        self._choose(model, ckpt_path, weights)
+        return super().test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+    def predict(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights: str = AVERAGED,
+        num_images: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        out: str | None = None,
+        npz: bool = True,
+    ) -> None:
+        """Generates images: PNG files, a grid and an .npz.
+
+        Args:
+            model: The model.
+            datamodule: Not used.
+            ckpt_path: The checkpoint to draw from.
+            weights: "averaged", "raw", or the decay of a further average.
+            num_images: How many images.
+            batch_size: Images made at once by each process.
+            seed: Image i depends on the seed and i alone.
+            out: Where to; by default <run>/predictions/seed_<seed>.
+            npz: Whether to write all images as one .npz too.
+
+        Raises:
+            ValueError: If a number is out of range or `out` cannot be written to.
+        """
+        self._choose(model, ckpt_path, weights)
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
+        requests = Requests(num_images, batch_size)
+        run_dir = Path(self.default_root_dir) if ckpt_path is None else run_of(ckpt_path)
+        directory = Path(out) if out is not None else run_dir / "predictions" / f"seed_{seed}"
+        if self.is_global_zero:
+            require_writable(directory)
+        if isinstance(model, DiffusionModule):
+            model.generation_seed = seed
+        writer = ImageWriter(directory, requests, npz)
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
+        try:
+            super().predict(
+                model, datamodule=Generation(requests), return_predictions=False, ckpt_path=ckpt_path, weights_only=True
+            )
+        finally:
+            self.callbacks.remove(writer)  # type: ignore[attr-defined]
+
+    def _choose(self, model: L.LightningModule, ckpt_path: str | None, weights: str) -> None:
+        if ckpt_path is not None:
+            require_file(ckpt_path)
+        if isinstance(model, DiffusionModule):
+            model.load_weights = weights
+
+
+class Generation(L.LightningDataModule):
+    """Gives every process its requests, once it knows which process it is.
+
+    Args:
+        requests: What all processes are going to generate.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        super().__init__()
+        self.requests = requests
+
+    def predict_dataloader(self) -> DataLoader[Request]:
+        trainer = cast(L.Trainer, self.trainer)
+        return self.requests.loader(trainer.global_rank, trainer.world_size)
+
+
+def require_file(path: str) -> None:
+    """Raises FileNotFoundError if there is no such file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ckpt_path={path}: there is no such file")
+
+
+def require_writable(directory: Path) -> None:
+    """Makes the directory; raises ValueError if that, or writing into it, is not possible."""
+    probe = directory / f".writable.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {directory} ({error.strerror}); choose another directory with "
+            "--trainer.default_root_dir, or --out in predict"
+        ) from error
