@@ -1,6 +1,7 @@
 """What is kept of a run, and how it is written."""
 
 import os
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,25 @@ def run_of(checkpoint: Path | str) -> Path:
     """The run directory that a checkpoint lies in; its own directory where it was moved out of one."""
     folder = Path(checkpoint).resolve().parent
     return folder.parent if folder.name == FOLDER else folder
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Opens a checkpoint without executing anything in it; tensors stay on disk until they are used.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or holds more than tensors and plain data.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ckpt_path={path}: there is no such file")
+    try:
+        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no checkpoint of tensors and plain data ({reason})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
+    return checkpoint
 
 
 class WholeFiles(TorchCheckpointIO):
