@@ -1,7 +1,9 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from diffusion_lit.networks import ADMUNet, NoisyClassifier
@@ -86,6 +88,25 @@ TIMES = torch.tensor([0.0, 10.0, 999.0])
 def test_the_networks_are_adms_to_the_parameter(arguments: dict[str, object], published: int) -> None:
     with torch.device("meta"):
         assert count(ADMUNet(out_channels=6, **arguments)) == published  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "published"),
+    [
+        ("lsun_bedroom", 552_814_086),
+        ("lsun_horse", 552_814_086),
+        ("lsun_cat", 552_814_086),
+        ("imagenet64", 295_904_454),
+        ("imagenet128", 421_529_606),
+        ("imagenet256", 553_838_086),
+    ],
+)
+def test_the_recipes_have_the_published_networks(recipe: str, published: int) -> None:
+    file = Path(__file__).parents[2] / "configs" / f"adm_{recipe}.yaml"
+    network = yaml.safe_load(file.read_text())["model"]["init_args"]["network"]
+    assert network["class_path"] == "diffusion_lit.networks.ADMUNet"
+    with torch.device("meta"):
+        assert count(ADMUNet(**network["init_args"])) == published
 
 
 @pytest.mark.parametrize(
