@@ -8,7 +8,7 @@ from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, 
 from diffusion_lit.diffusion.process import DiscreteProcess, Process
 from diffusion_lit.diffusion.samplers import DDIM, Ancestral, Sampler, slerp
 from diffusion_lit.diffusion.schedule import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
-from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, ReverseVariance
+from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, FixedVariance, ReverseVariance
 from diffusion_lit.diffusion.weighting import MinSNR, Simple, Variational, Velocity, Weighting
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Eps",
     "FixedLarge",
     "FixedSmall",
+    "FixedVariance",
     "Grid",
     "ImageNoise",
     "Linear",

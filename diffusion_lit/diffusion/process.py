@@ -20,8 +20,8 @@ from diffusion_lit.diffusion.schedule import Linear, Schedule
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Shapes a coefficient, () or (B,), so that it multiplies x, (B, ...), in the dtype of x."""
-    if coefficient.ndim == 0:
+    """Shapes a coefficient, (), (B,) or already that of x, so that it multiplies x, (B, ...), in the dtype of x."""
+    if coefficient.ndim != 1:
         return coefficient.to(x.dtype)
     if coefficient.shape[0] != x.shape[0]:
         raise ValueError(f"{coefficient.shape[0]} times for a batch of {x.shape[0]}: give one t for each image")

@@ -1,6 +1,6 @@
 """The reverse variance: how much noise p(x_s | x_t) puts back.
 
-Both choices are optimal for some data, standard normal (large) and a single point (small), and bound
+Both fixed choices are optimal for some data, standard normal (large) and a single point (small), and bound
 the others. Source: Ho et al. 2020, section 3.2.
 """
 
@@ -10,14 +10,37 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.process import Process
+from diffusion_lit.types import Prediction
 
 
 class ReverseVariance(ABC):
     """sigma^2 of p(x_s | x_t), for any s < t."""
 
     @abstractmethod
-    def __call__(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
-        """The variance in the shape of t; above 0 unless t = 1 and s = 0, a chain of one step."""
+    def __call__(self, process: Process, t: Tensor, s: Tensor, prediction: Prediction) -> Tensor:
+        """The variance of one step.
+
+        Args:
+            process: Gives the coefficients.
+            t: Where the step starts, () or (B,).
+            s: Where it ends, below t, in the shape of t.
+            prediction: What the denoiser says of x_t.
+
+        Returns:
+            float64, in the shape of t or, where it is learned, of x_t; above 0 unless t = 1 and s = 0, a
+            chain of one step.
+        """
+
+
+class FixedVariance(ReverseVariance):
+    """A variance that is the same whatever the denoiser says."""
+
+    def __call__(self, process: Process, t: Tensor, s: Tensor, prediction: Prediction) -> Tensor:
+        return self.of_step(process, t, s)
+
+    @abstractmethod
+    def of_step(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
+        """The variance of the step from t to s, float64, in the shape of t."""
 
 
 def _of_last_step(process: Process, t: Tensor) -> Tensor:
@@ -28,21 +51,21 @@ def _of_last_step(process: Process, t: Tensor) -> Tensor:
     return process.posterior((2 * t).clamp(max=1.0), t)[2]
 
 
-class FixedSmall(ReverseVariance):
+class FixedSmall(FixedVariance):
     """The posterior variance beta-tilde; in the step to clean data, where that vanishes, the step before's.
 
     The last reverse step adds no noise when sampling; its variance matters for the likelihood alone.
     """
 
-    def __call__(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
+    def of_step(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
         return torch.where(s > 0, process.posterior(t, s)[2], _of_last_step(process, t))
 
 
-class FixedLarge(ReverseVariance):
+class FixedLarge(FixedVariance):
     """beta, the variance of q(x_t | x_s); in the step to clean data `FixedSmall`'s, as in the paper's code.
 
     Over a sub-sequence of times it is DDIM's sigma-hat squared, 1 - alpha_bar_t / alpha_bar_s.
     """
 
-    def __call__(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
+    def of_step(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
         return torch.where(s > 0, process.transition(t, s)[1], _of_last_step(process, t))

@@ -35,7 +35,7 @@ def test_the_posterior_variance_has_ddpms_value() -> None:
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()])
 def test_the_last_steps_log_variance_is_the_one_before(variance: FixedSmall | FixedLarge) -> None:
-    log_variance = variance(DiscreteProcess(), at(1), at(0)).log()
+    log_variance = variance.of_step(DiscreteProcess(), at(1), at(0)).log()
     assert log_variance.item() == pytest.approx(-9.81672514, abs=1e-8)
 
 
