@@ -140,6 +140,18 @@ def test_the_network_is_told_k_minus_1(num_steps: int, dtype: torch.dtype) -> No
     assert told.tolist() == list(range(num_steps))
 
 
+def test_a_long_chain_can_tell_the_network_of_time_as_if_it_had_1000_steps() -> None:
+    process = DiscreteProcess(4000, Cosine(), network_steps=1000)
+    told = process.network_time(torch.tensor([1, 2, 5, 4000], dtype=torch.float64) / 4000)
+    assert told.dtype == torch.float32
+    assert told.tolist() == [0, 0.25, 1, 999.75]
+
+
+def test_a_network_cannot_be_told_of_a_chain_without_steps() -> None:
+    with pytest.raises(ValueError, match=r"network_steps=0 must be at least 1"):
+        DiscreteProcess(10, network_steps=0)
+
+
 @pytest.mark.parametrize("num_steps", [1, 10, 1000, 4000])
 def test_the_previous_time_is_one_entry_down_and_stops_at_0(num_steps: int) -> None:
     process, t = DiscreteProcess(num_steps), times(num_steps)
