@@ -123,6 +123,24 @@ def divergence_bits(
     return _bits(0.5 * (ratio - 1 - ratio.log()) + expand(b, squared) ** 2 * squared / (2 * reverse))
 
 
+def step_bits(x0: Tensor, x0_hat: Tensor, process: Process, t: Tensor, reverse_variance: Tensor) -> Tensor:
+    """The bound's term at each image's own time: L_0 in the step to clean data, else L_{k-1}, in bits per dimension.
+
+    Args:
+        x0: 8-bit images scaled to [-1, 1], (B, C, H, W).
+        x0_hat: Predicted from x_t, in the shape of x0.
+        process: Gives the coefficients.
+        t: Times, (B,); each step is one of the whole chain.
+        reverse_variance: Of those steps, above 0, (B,) or in the shape of x0.
+
+    Returns:
+        float64, (B,).
+    """
+    s = process.previous(t)
+    divergence = divergence_bits(x0, x0_hat, process, t, s, reverse_variance)
+    return torch.where(s > 0, divergence, decoder_bits(x0, x0_hat, reverse_variance))
+
+
 def _entries(num_steps: int, num_terms: int | None, noise: NoiseFn, x0: Tensor) -> Tensor:
     """Which terms to evaluate for each image: rising k in 2 .. T, int64, (B, K).
 

@@ -1,7 +1,8 @@
 """The reverse variance: how much noise p(x_s | x_t) puts back.
 
 Both fixed choices are optimal for some data, standard normal (large) and a single point (small), and bound
-the others. Source: Ho et al. 2020, section 3.2.
+the others. Source: Ho et al. 2020, section 3.2. A network may learn where between them to stand, dimension by
+dimension.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.process import Process
+from diffusion_lit.diffusion.process import Process, expand
 from diffusion_lit.types import Prediction
 
 
@@ -69,3 +70,33 @@ class FixedLarge(FixedVariance):
 
     def of_step(self, process: Process, t: Tensor, s: Tensor) -> Tensor:
         return torch.where(s > 0, process.transition(t, s)[1], _of_last_step(process, t))
+
+
+class LearnedRange(ReverseVariance):
+    """exp(v' log beta + (1 - v') log beta-tilde), v' = (v + 1) / 2, of every dimension on its own.
+
+    v is what the network puts out beside the prediction, `Prediction.extra`, in about [-1, 1] and not bounded: -1 is
+    `FixedSmall` and 1 `FixedLarge`. Over a sub-sequence of times both ends are those of the pair (t, s). In
+    the step to clean data the upper end is beta_1 itself, as in the paper's code; only the lower one, which vanishes
+    there, is replaced as in `FixedSmall`.
+
+    Source: Nichol & Dhariwal 2021, eq. 15, and its code, which has v' for v.
+    """
+
+    def __call__(self, process: Process, t: Tensor, s: Tensor, prediction: Prediction) -> Tensor:
+        """The variance, float64, in the shape of x_t.
+
+        Raises:
+            ValueError: If the network has not put out as many further channels as x_t has.
+        """
+        v, channels = prediction.extra, prediction.x0.shape[1]
+        if v is None or v.shape != prediction.x0.shape:
+            extra = 0 if v is None else v.shape[1]
+            raise ValueError(
+                f"LearnedRange needs {2 * channels} channels of the network, it gave {channels + extra}; set "
+                f"--model.network.init_args.out_channels {2 * channels}, or choose FixedSmall or FixedLarge"
+            )
+        fraction = (v.double() + 1) / 2
+        upper = expand(process.transition(t, s)[1].log(), fraction)
+        lower = expand(FixedSmall().of_step(process, t, s).log(), fraction)
+        return (fraction * upper + (1 - fraction) * lower).exp()
