@@ -113,6 +113,7 @@ class DiffusionModule(L.LightningModule):
         self.generation_seed = 0
         self.config: dict[str, Any] = {}
         self.gradient_norm: Tensor | None = None
+        self.seen_in_step: list[tuple[Tensor, Tensor]] = []
         self.on_sampling_step: StepFn | None = None
 
     @property
@@ -138,11 +139,15 @@ class DiffusionModule(L.LightningModule):
 
     # Training
 
+    def on_train_start(self) -> None:
+        self.seen_in_step.clear()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed_step(self.seed, TRAINING, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         parts = self.objective(self.denoiser, batch["image"], condition_of(batch))
+        self.seen_in_step.append((parts["t"], parts["losses"]))
         # Lightning divides "loss" by the number of accumulated batches before callbacks see it.
         return {**parts, "mean_loss": parts["loss"].detach()}
 
@@ -186,10 +191,23 @@ class DiffusionModule(L.LightningModule):
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Averages right after the weights have moved, so that no callback's order matters."""
+        """Averages right after the weights have moved, so that no callback's order matters.
+
+        The objective too hears of whole steps only: one that is interrupted is done again when the run goes on.
+        """
         super().optimizer_step(*args, **kwargs)
+        t, losses = (torch.cat(column) for column in zip(*self.seen_in_step, strict=True))
+        self.seen_in_step.clear()
+        self.objective.observe(t, losses, self._gather)
         if self.averages is not None:
             self.averages.update(self)
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return tensor
+        of_all = [torch.empty_like(tensor) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(of_all, tensor.contiguous())
+        return torch.cat(of_all)
 
     # Averaged weights and checkpoints
 
@@ -223,6 +241,8 @@ class DiffusionModule(L.LightningModule):
         """
         checkpoint["config"] = self.config
         checkpoint["weights"] = RAW if self.averages is None else self.averages.primary
+        if "optimizer_states" in checkpoint:
+            checkpoint["objective"] = self.objective.state_dict()
         if self.averages is None:
             return
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.averages.average()}
@@ -240,6 +260,7 @@ class DiffusionModule(L.LightningModule):
         averages = checkpoint.get("averages")
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             restart_at_step(checkpoint, self.trainer.accumulate_grad_batches)
+            self.objective.load_state_dict(checkpoint.get("objective", {}))
             if averages is not None:
                 primary = checkpoint["state_dict"]
                 self.restored_averages = {"state": averages, "primary": primary}

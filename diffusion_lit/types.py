@@ -32,7 +32,7 @@ class Prediction:
     Attributes:
         x0: Predicted clean data, (B, C, H, W), in [-1, 1] up to the network's error.
         eps: Predicted noise, (B, C, H, W).
-        extra: Whatever else the network put out, None for most.
+        extra: The channels that the network put out beyond the first C, (B, ..., H, W), None for most; raw.
     """
 
     x0: Tensor

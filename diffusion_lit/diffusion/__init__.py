@@ -1,14 +1,16 @@
 """The mathematics of diffusion: processes, parameterizations, objectives, samplers, likelihood."""
 
 from diffusion_lit.diffusion.denoiser import Denoiser
-from diffusion_lit.diffusion.grid import Grid, Quadratic, Trailing, Uniform
+from diffusion_lit.diffusion.grid import Grid, Quadratic, Spanning, Trailing, Uniform
+from diffusion_lit.diffusion.hybrid import Hybrid, VariationalBound
 from diffusion_lit.diffusion.noise import ImageNoise
 from diffusion_lit.diffusion.objective import DenoisingLoss, Objective
 from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, PosteriorMean, V
 from diffusion_lit.diffusion.process import DiscreteProcess, Process
+from diffusion_lit.diffusion.resampling import LossSecondMoment
 from diffusion_lit.diffusion.samplers import DDIM, Ancestral, Sampler, slerp
 from diffusion_lit.diffusion.schedule import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
-from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, ReverseVariance
+from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, FixedVariance, LearnedRange, ReverseVariance
 from diffusion_lit.diffusion.weighting import MinSNR, Simple, Variational, Velocity, Weighting
 
 __all__ = [
@@ -22,9 +24,13 @@ __all__ = [
     "Eps",
     "FixedLarge",
     "FixedSmall",
+    "FixedVariance",
     "Grid",
+    "Hybrid",
     "ImageNoise",
+    "LearnedRange",
     "Linear",
+    "LossSecondMoment",
     "MinSNR",
     "Objective",
     "Parameterization",
@@ -37,11 +43,13 @@ __all__ = [
     "Schedule",
     "Sigmoid",
     "Simple",
+    "Spanning",
     "Sqrt",
     "Trailing",
     "Uniform",
     "V",
     "Variational",
+    "VariationalBound",
     "Velocity",
     "Weighting",
     "slerp",

@@ -11,8 +11,9 @@ class Denoiser(nn.Module):
     """Asks the network and reads its answer.
 
     Args:
-        network: Called as network(x_t, time, condition) with time float32, (B,); returns (B, C, H, W).
-        parameterization: What the network's output means.
+        network: Called as network(x_t, time, condition) with time float32, (B,); returns (B, C, H, W). It may
+            put out more channels than x_t has: the first C are read, the others go on as they are.
+        parameterization: What the first C channels of the network's output mean.
         process: Gives the coefficients.
 
     Raises:
@@ -38,9 +39,11 @@ class Denoiser(nn.Module):
             The prediction in the dtype of x_t, whatever precision the network ran in.
         """
         time = self.process.network_time(t).to(x_t.device).expand(x_t.shape[0])
-        output = self.network(x_t, time, condition).to(x_t.dtype)
+        channels = x_t.shape[1]
+        answer = self.network(x_t, time, condition).to(x_t.dtype)
+        output, extra = answer[:, :channels], answer[:, channels:] if answer.shape[1] > channels else None
         x0_x, x0_f, eps_x, eps_f = (expand(c, x_t) for c in self.parameterization.reading(self.process, t))
-        return Prediction(x0=x0_x * x_t + x0_f * output, eps=eps_x * x_t + eps_f * output)
+        return Prediction(x0=x0_x * x_t + x0_f * output, eps=eps_x * x_t + eps_f * output, extra=extra)
 
     def bind(self, condition: Condition) -> DenoiseFn:
         """Fixes the condition: gives the (x_t, t) -> Prediction that samplers call."""

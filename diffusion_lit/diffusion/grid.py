@@ -62,6 +62,16 @@ class Quadratic(Grid):
         return torch.linspace(0, (0.8 * num_steps) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
 
 
+class Spanning(Grid):
+    """Evenly spaced from the first time to the last, both included.
+
+    Source: Nichol & Dhariwal 2021, section 4.
+    """
+
+    def positions(self, steps: int, num_steps: int) -> Tensor:
+        return torch.linspace(0, num_steps - 1, steps, dtype=torch.float64).round()
+
+
 class Trailing(Grid):
     """Every (T/S)-th time, counted back from the last, so that sampling starts at pure noise.
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.process import DiscreteProcess, Process, expand
 from diffusion_lit.diffusion.samplers.base import NoiseFn, clip_x0
-from diffusion_lit.diffusion.variance import ReverseVariance
-from diffusion_lit.types import DenoiseFn, StepFn
+from diffusion_lit.diffusion.variance import FixedSmall, ReverseVariance
+from diffusion_lit.types import DenoiseFn, Prediction, StepFn
 
 HALF_LEVEL = 1 / 255
 """Half the distance between two of the 256 levels in [-1, 1]."""
@@ -79,6 +79,66 @@ def discretized_log_prob(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     upper = torch.where(x0 > OPEN_EDGE, torch.ones_like(x0), below_upper)
     lower = torch.where(x0 < -OPEN_EDGE, torch.zeros_like(x0), below_lower)
     return (upper - lower).clamp(min=SMALLEST_PROBABILITY).log()
+
+
+def decoder_bits(x0: Tensor, x0_hat: Tensor, reverse_variance: Tensor) -> Tensor:
+    """L_0, -log p(x_0 | x_1), in bits per dimension.
+
+    Args:
+        x0: 8-bit images scaled to [-1, 1], (B, C, H, W).
+        x0_hat: Predicted from x_1, in the shape of x0; in the step to clean data it is the mean itself.
+        reverse_variance: Of that step, above 0, (), (B,) or in the shape of x0.
+
+    Returns:
+        float64, (B,).
+    """
+    deviation = expand(reverse_variance.sqrt(), x0.double())
+    return _bits(-discretized_log_prob(x0, x0_hat, deviation))
+
+
+def divergence_bits(
+    x0: Tensor, x0_hat: Tensor, process: Process, t: Tensor, s: Tensor, reverse_variance: Tensor
+) -> Tensor:
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in bits per dimension.
+
+    Args:
+        x0: Clean data, (B, C, H, W).
+        x0_hat: Predicted from x_t, in the shape of x0.
+        process: Gives the coefficients.
+        t: Where the step starts, () or (B,).
+        s: Where it ends, below t. Where it is 0 the divergence is infinite, the posterior being a point; a finite
+            stand-in is returned, so that gradients of whatever is chosen in its place stay finite.
+        reverse_variance: Of p, above 0, (), (B,) or in the shape of x0.
+
+    Returns:
+        float64, (B,).
+    """
+    _, b, _ = process.posterior(t, s)
+    # The posterior variance with a stand-in for 0.
+    posterior_variance = FixedSmall().of_step(process, t, s)
+    # The means differ by b (x_0 - x0_hat) alone; subtracting them would lose digits.
+    squared = (x0 - x0_hat).double().square()
+    reverse = expand(reverse_variance, squared)
+    ratio = expand(posterior_variance, squared) / reverse
+    return _bits(0.5 * (ratio - 1 - ratio.log()) + expand(b, squared) ** 2 * squared / (2 * reverse))
+
+
+def step_bits(x0: Tensor, x0_hat: Tensor, process: Process, t: Tensor, reverse_variance: Tensor) -> Tensor:
+    """The bound's term at each image's own time: L_0 in the step to clean data, else L_{k-1}, in bits per dimension.
+
+    Args:
+        x0: 8-bit images scaled to [-1, 1], (B, C, H, W).
+        x0_hat: Predicted from x_t, in the shape of x0.
+        process: Gives the coefficients.
+        t: Times, (B,); each step is one of the whole chain.
+        reverse_variance: Of those steps, above 0, (B,) or in the shape of x0.
+
+    Returns:
+        float64, (B,).
+    """
+    s = process.previous(t)
+    divergence = divergence_bits(x0, x0_hat, process, t, s, reverse_variance)
+    return torch.where(s > 0, divergence, decoder_bits(x0, x0_hat, reverse_variance))
 
 
 def _entries(num_steps: int, num_terms: int | None, noise: NoiseFn, x0: Tensor) -> Tensor:
@@ -140,26 +200,20 @@ def bits_per_dim(
     ks = _entries(total_steps, num_terms, noise, x0)
     evaluations = ks.shape[1] + 1
 
-    def predict_x0(t: Tensor) -> Tensor:
-        return denoise(process.perturb(x0, noise().to(x0), t), t).x0
+    def predict(t: Tensor) -> Prediction:
+        return denoise(process.perturb(x0, noise().to(x0), t), t)
 
     first = torch.full((x0.shape[0],), 1 / total_steps, dtype=torch.float64, device=x0.device)
-    deviation = expand(variance(process, first, torch.zeros_like(first)).sqrt(), x0.double())
-    # In the step to clean data the posterior mean is the predicted x_0 itself.
-    decoder = _bits(-discretized_log_prob(x0, predict_x0(first), deviation))
+    prediction = predict(first)
+    decoder = decoder_bits(x0, prediction.x0, variance(process, first, torch.zeros_like(first), prediction))
     if on_step is not None:
         on_step(1, evaluations)
 
     terms = []
     for done, k in enumerate(ks.unbind(1), start=2):
         t, s = k.double() / total_steps, (k.double() - 1) / total_steps
-        _, b, posterior_variance = process.posterior(t, s)
-        reverse_variance = variance(process, t, s)
-        ratio = posterior_variance / reverse_variance
-        # The means differ by b (x_0 - x0_hat) alone; subtracting them would lose digits.
-        squared = (x0 - predict_x0(t)).double().square().flatten(1).mean(1)
-        nats = 0.5 * (ratio - 1 - ratio.log()) + b**2 * squared / (2 * reverse_variance)
-        terms.append(nats / math.log(2))
+        prediction = predict(t)
+        terms.append(divergence_bits(x0, prediction.x0, process, t, s, variance(process, t, s, prediction)))
         if on_step is not None:
             on_step(done, evaluations)
 

@@ -20,8 +20,8 @@ from diffusion_lit.diffusion.schedule import Linear, Schedule
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Shapes a coefficient, () or (B,), so that it multiplies x, (B, ...), in the dtype of x."""
-    if coefficient.ndim == 0:
+    """Shapes a coefficient, (), (B,) or already that of x, so that it multiplies x, (B, ...), in the dtype of x."""
+    if coefficient.ndim != 1:
         return coefficient.to(x.dtype)
     if coefficient.shape[0] != x.shape[0]:
         raise ValueError(f"{coefficient.shape[0]} times for a batch of {x.shape[0]}: give one t for each image")
@@ -103,18 +103,26 @@ class DiscreteProcess(Process):
     Args:
         num_steps: T, at least 1.
         schedule: Gives beta_1 .. beta_T.
+        network_steps: The network is told of time as if the chain had this many steps, (k - 1) network_steps / T;
+            None: T, which is to say k - 1. The improved DDPM's code says 1000 whatever T is, but for its
+            class-conditional and upsampling models, whose network is told k - 1.
 
     Raises:
-        ValueError: If num_steps < 1, or a beta does not lie in (0, 1).
+        ValueError: If num_steps or network_steps < 1, or a beta does not lie in (0, 1).
 
     Source: Ho et al. 2020, section 2.
     """
 
-    def __init__(self, num_steps: int = 1000, schedule: Schedule = Linear()) -> None:
+    def __init__(self, num_steps: int = 1000, schedule: Schedule = Linear(), network_steps: int | None = None) -> None:
         if num_steps < 1:
             raise ValueError(f"process.num_steps={num_steps} must be at least 1; DDPM uses 1000")
+        if network_steps is not None and network_steps < 1:
+            raise ValueError(
+                f"process.network_steps={network_steps} must be at least 1; leave it out to tell the network k - 1"
+            )
         self.num_steps = num_steps
         self.schedule = schedule
+        self.network_steps = network_steps
         betas = schedule.betas(num_steps)
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(
@@ -150,8 +158,9 @@ class DiscreteProcess(Process):
         return (self.index(t) - 1).clamp(min=0) / torch.tensor(self.num_steps, dtype=torch.float64)
 
     def network_time(self, t: Tensor) -> Tensor:
-        """The paper's index counted from zero, k - 1."""
-        return (self.index(t) - 1).to(torch.float32)
+        """The paper's index counted from zero, k - 1, rescaled where `network_steps` says so."""
+        k = (self.index(t) - 1).to(torch.float32)
+        return k if self.network_steps is None else k * (self.network_steps / self.num_steps)
 
     def sample_times(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         k = torch.randint(1, self.num_steps + 1, (count,), device=device, generator=generator)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.process import Process
-from diffusion_lit.diffusion.variance import FixedLarge, ReverseVariance
+from diffusion_lit.diffusion.variance import FixedLarge, FixedVariance
 
 
 class Weighting(ABC):
@@ -35,19 +35,19 @@ class Variational(Weighting):
     to clean data, is taken as a Gaussian too. What the variances add is the same for every network: left out.
 
     Args:
-        variance: The reverse variance.
+        variance: The reverse variance; a weight cannot depend on what the network says, so it is a fixed one.
 
     Source: Ho et al. 2020, eqs. 8 and 12.
     """
 
-    def __init__(self, variance: ReverseVariance = FixedLarge()) -> None:
+    def __init__(self, variance: FixedVariance = FixedLarge()) -> None:
         self.variance = variance
 
     def __call__(self, process: Process, t: Tensor) -> Tensor:
         s = process.previous(t)
         alpha, sigma = process.alpha_sigma(t)
         _, b, _ = process.posterior(t, s)
-        return (b * sigma / alpha) ** 2 / (2 * self.variance(process, t, s))
+        return (b * sigma / alpha) ** 2 / (2 * self.variance.of_step(process, t, s))
 
 
 class MinSNR(Weighting):

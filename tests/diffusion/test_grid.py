@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lit.diffusion import DiscreteProcess, Grid, Quadratic, Trailing, Uniform
+from diffusion_lit.diffusion import DiscreteProcess, Grid, Quadratic, Spanning, Trailing, Uniform
 
-GRIDS = [Uniform(), Quadratic(), Trailing()]
+GRIDS = [Uniform(), Quadratic(), Spanning(), Trailing()]
 
 
 def named(part: object) -> str:
@@ -60,6 +60,11 @@ def test_quadratic_moves_only_its_duplicates_up_to_the_next_free_time() -> None:
     found = indices(Quadratic(), 50, DiscreteProcess())
     assert rule[:5].tolist() == [0, 0, 1, 2, 5]
     assert found == [0, 1, 2, 3, *rule[4:].tolist()]
+
+
+def test_spanning_has_the_improved_ddpms_steps() -> None:
+    # Its code's rule for 4000 steps and 7: strides of 3999 / 6, rounded.
+    assert indices(Spanning(), 7, DiscreteProcess(4000)) == [0, 666, 1333, 2000, 2666, 3332, 3999]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 30, 999, 1000])

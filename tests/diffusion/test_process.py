@@ -35,7 +35,7 @@ def test_the_posterior_variance_has_ddpms_value() -> None:
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()])
 def test_the_last_steps_log_variance_is_the_one_before(variance: FixedSmall | FixedLarge) -> None:
-    log_variance = variance(DiscreteProcess(), at(1), at(0)).log()
+    log_variance = variance.of_step(DiscreteProcess(), at(1), at(0)).log()
     assert log_variance.item() == pytest.approx(-9.81672514, abs=1e-8)
 
 
@@ -138,6 +138,18 @@ def test_the_network_is_told_k_minus_1(num_steps: int, dtype: torch.dtype) -> No
     told = DiscreteProcess(num_steps).network_time(t)
     assert told.dtype == torch.float32
     assert told.tolist() == list(range(num_steps))
+
+
+def test_a_long_chain_can_tell_the_network_of_time_as_if_it_had_1000_steps() -> None:
+    process = DiscreteProcess(4000, Cosine(), network_steps=1000)
+    told = process.network_time(torch.tensor([1, 2, 5, 4000], dtype=torch.float64) / 4000)
+    assert told.dtype == torch.float32
+    assert told.tolist() == [0, 0.25, 1, 999.75]
+
+
+def test_a_network_cannot_be_told_of_a_chain_without_steps() -> None:
+    with pytest.raises(ValueError, match=r"network_steps=0 must be at least 1"):
+        DiscreteProcess(10, network_steps=0)
 
 
 @pytest.mark.parametrize("num_steps", [1, 10, 1000, 4000])

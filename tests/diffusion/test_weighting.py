@@ -9,8 +9,8 @@ from diffusion_lit.diffusion import (
     DiscreteProcess,
     FixedLarge,
     FixedSmall,
+    FixedVariance,
     MinSNR,
-    ReverseVariance,
     Simple,
     Variational,
     Velocity,
@@ -50,13 +50,13 @@ def posterior(x_t: torch.Tensor, x0: torch.Tensor | float) -> Normal:
     return Normal(mean, precision.rsqrt())
 
 
-def reverse_deviation(variance: ReverseVariance) -> torch.Tensor:
+def reverse_deviation(variance: FixedVariance) -> torch.Tensor:
     small = posterior(torch.zeros(T - 1), 0.0).stddev
     return small if isinstance(variance, FixedSmall) else BETAS[1:].sqrt()
 
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()], ids=["small", "large"])
-def test_variational_times_the_error_is_what_the_divergence_gains(variance: ReverseVariance) -> None:
+def test_variational_times_the_error_is_what_the_divergence_gains(variance: FixedVariance) -> None:
     x0, eps, eps_hat = 0.6, 1.3, 0.4
     t = TIMES[1:]
     bar = BARS[2:]
@@ -70,8 +70,8 @@ def test_variational_times_the_error_is_what_the_divergence_gains(variance: Reve
 
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()], ids=["small", "large"])
-def test_reverse_variances_are_the_posteriors_and_the_chains(variance: ReverseVariance) -> None:
-    found = variance(DiscreteProcess(), TIMES[1:], TIMES[:-1])
+def test_reverse_variances_are_the_posteriors_and_the_chains(variance: FixedVariance) -> None:
+    found = variance.of_step(DiscreteProcess(), TIMES[1:], TIMES[:-1])
     torch.testing.assert_close(found, reverse_deviation(variance) ** 2, rtol=1e-9, atol=0)
 
 
@@ -82,7 +82,7 @@ def test_the_last_steps_weight_is_that_of_a_gaussian_of_the_clipped_variance() -
 
 
 def test_over_a_subsequence_the_large_variance_is_ddims_sigma_hat_squared() -> None:
-    found = FixedLarge()(DiscreteProcess(), TIMES[499], TIMES[99]).item()
+    found = FixedLarge().of_step(DiscreteProcess(), TIMES[499], TIMES[99]).item()
     assert found == pytest.approx(1 - (BARS[500] / BARS[100]).item(), rel=1e-12)
 
 

@@ -35,9 +35,10 @@ class Ancestral(Sampler):
     def step(
         self, denoise: DenoiseFn, x_t: Tensor, process: Process, t: Tensor, s: Tensor, noise: NoiseFn
     ) -> tuple[Tensor, Tensor]:
-        x0 = denoise(x_t, t).x0
+        prediction = denoise(x_t, t)
         a, b, _ = (expand(c, x_t) for c in process.posterior(t, s))
-        mean = a * x_t + b * x0
+        mean = a * x_t + b * prediction.x0
         if s == 0:
-            return mean, x0
-        return mean + expand(self.variance(process, t, s).sqrt(), x_t) * noise(), x0
+            return mean, prediction.x0
+        deviation = self.variance(process, t, s, prediction).sqrt()
+        return mean + expand(deviation, x_t) * noise(), prediction.x0
