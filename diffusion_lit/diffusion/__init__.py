@@ -1,7 +1,8 @@
-"""The mathematics of diffusion: processes, parameterizations, objectives, samplers, likelihood."""
+"""The mathematics of diffusion: processes, parameterizations, objectives, samplers, guidance, likelihood."""
 
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grid import Grid, Quadratic, Trailing, Uniform
+from diffusion_lit.diffusion.guidance import ClassifierFree, ClassifierGuidance, Guidance
 from diffusion_lit.diffusion.noise import ImageNoise
 from diffusion_lit.diffusion.objective import DenoisingLoss, Objective
 from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, PosteriorMean, V
@@ -15,6 +16,8 @@ __all__ = [
     "DDIM",
     "X0",
     "Ancestral",
+    "ClassifierFree",
+    "ClassifierGuidance",
     "Cosine",
     "Denoiser",
     "DenoisingLoss",
@@ -23,6 +26,7 @@ __all__ = [
     "FixedLarge",
     "FixedSmall",
     "Grid",
+    "Guidance",
     "ImageNoise",
     "Linear",
     "MinSNR",
