@@ -5,7 +5,6 @@ import inspect
 import json
 import logging
 import os
-import pickle
 import re
 import sys
 import traceback
@@ -18,13 +17,13 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
-from diffusion_lit.callbacks.checkpoints import run_of
+from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer, require_file
 
@@ -108,7 +107,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
-            DiffusionModule,
+            LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -175,22 +174,6 @@ def with_checkpoint_config(args: list[str]) -> list[str]:
     return [args[0], "--config", json.dumps(config), *args[1:]]
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Opens a checkpoint without executing anything in it; tensors stay on disk until they are used.
-
-    Raises:
-        ValueError: If it is damaged, or holds more than tensors and plain data.
-    """
-    try:
-        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is damaged, or no checkpoint of tensors and plain data ({reason})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
-    return checkpoint
-
-
 def load_model(path: str) -> DiffusionModule:
     """A model in eval mode from a checkpoint alone, with its averaged weights.
 
@@ -202,15 +185,7 @@ def load_model(path: str) -> DiffusionModule:
         ValueError: If the checkpoint is damaged or carries no configuration.
     """
     require_file(path)
-    checkpoint = read_checkpoint(path)
-    if "model" not in checkpoint.get("config", {}):
-        raise ValueError(f"{path} carries no configuration of its model: it was not written by the command line")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DiffusionModule, "model")
-    made = parser.instantiate_classes(parser.parse_object({"model": checkpoint["config"]["model"]}))
-    model: DiffusionModule = made.model
-    model.load_state_dict(checkpoint["state_dict"])
-    return model.eval()
+    return restore(path, DiffusionModule).eval()
 
 
 def require_devices(trainer: Namespace) -> None:
