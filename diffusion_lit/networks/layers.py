@@ -1,6 +1,9 @@
-"""The pieces of the DDPM U-Net: time embedding, residual block, self-attention, and changes of resolution."""
+"""The pieces of the DDPM U-Net: time embedding, residual block, self-attention, changes of resolution; and what other
+U-Nets share with it.
+"""
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -34,15 +37,113 @@ def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
 
     Source: Ho et al. 2020, appendix B, and its code (denominator half - 1).
     """
-    half = width // 2
-    exponents = torch.arange(half, device=time.device, dtype=torch.float32) / (half - 1)
-    angles = time.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    angles = _angles(time, width // 2, width // 2 - 1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def cosine_sine_embedding(time: Tensor, width: int) -> Tensor:
+    """[cos, sin] of the time at width / 2 frequencies 10,000^(-2i / width), of which 1 is the first.
+
+    Args:
+        time: (B,), in steps of the chain, not scaled to [0, 1].
+        width: Length of the embedding, even.
+
+    Returns:
+        float32, (B, width).
+
+    Source: Nichol & Dhariwal 2021, code; Dhariwal & Nichol 2021 likewise.
+    """
+    angles = _angles(time, width // 2, width // 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _angles(time: Tensor, count: int, denominator: int) -> Tensor:
+    """The time multiplied by 10,000^(-i / denominator), i < count; (B, count)."""
+    exponents = torch.arange(count, device=time.device, dtype=torch.float32) / denominator
+    return time.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """Group normalisation as the DDPM code has it, eps 1e-6."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def count_heads(channels: int, num_heads: int, head_channels: int | None = None) -> int:
+    """How many heads attention over so many channels has.
+
+    Args:
+        channels: Of the attention.
+        num_heads: That many, unless head_channels is given.
+        head_channels: As many heads as have so many channels each.
+
+    Raises:
+        ValueError: If the channels cannot be split so.
+    """
+    asked = f"num_heads={num_heads}" if head_channels is None else f"heads of head_channels={head_channels}"
+    divisor = num_heads if head_channels is None else head_channels
+    if divisor < 1 or channels % divisor:
+        raise ValueError(f"attention: {channels} channels cannot be split into {asked}; use a divisor")
+    return num_heads if head_channels is None else channels // head_channels
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of every query to all keys.
+
+    Args:
+        q: Queries, (B, heads, channels per head, queries).
+        k: Keys, (B, heads, channels per head, positions).
+        v: Values, shaped as the keys.
+
+    Returns:
+        The shape of q.
+    """
+
+    def channels_last(y: Tensor) -> Tensor:
+        # Strided inputs would silently select a slow kernel on the CPU.
+        return y.transpose(2, 3).contiguous()
+
+    return F.scaled_dot_product_attention(channels_last(q), channels_last(k), channels_last(v)).transpose(2, 3)
+
+
+def check_shape(
+    network: str,
+    image_size: int,
+    width: int,
+    multipliers: Sequence[int],
+    num_blocks: int,
+    attention: Sequence[int],
+    dropout: float,
+    num_groups: int,
+) -> None:
+    """Refuses hyper-parameters that make no U-Net. They are those of `UNet`; messages begin with `network`.
+
+    Raises:
+        ValueError: If the image size cannot be halved often enough, channels cannot be divided into groups, an
+            attention resolution does not occur, or dropout lies outside [0, 1).
+    """
+    halvings = len(multipliers) - 1
+    if halvings < 0 or num_blocks < 1 or min(multipliers, default=1) < 1:
+        raise ValueError(f"{network}: multipliers={list(multipliers)} and num_blocks={num_blocks} must be at least 1")
+    if image_size < 1 or image_size % 2**halvings:
+        raise ValueError(
+            f"{network}: image_size={image_size} cannot be halved {halvings} times; "
+            f"use a multiple of {2**halvings}, or fewer than {halvings + 1} multipliers"
+        )
+    if width < 4 or width % 2:
+        raise ValueError(f"{network}: width={width} must be even and at least 4: half are sines, half cosines")
+    if num_groups < 1 or width % num_groups:
+        raise ValueError(
+            f"{network}: num_groups={num_groups} does not divide width={width}; make width a multiple of num_groups"
+        )
+    resolutions = [image_size >> i for i in range(halvings + 1)]
+    for resolution in attention:
+        if resolution not in resolutions:
+            raise ValueError(
+                f"{network}: attention at {resolution} pixels, but the resolutions are {resolutions}; "
+                "choose attention from these"
+            )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{network}: dropout={dropout} must lie in [0, 1); DDPM uses 0.1 for CIFAR-10")
 
 
 class ResBlock(nn.Module):
@@ -95,11 +196,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
-        if heads < 1 or channels % heads:
-            raise ValueError(
-                f"SelfAttention: {channels} channels cannot be split into num_heads={heads}; use a divisor"
-            )
-        self.heads = heads
+        self.heads = count_heads(channels, heads)
         self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
@@ -111,17 +208,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W). Returns the same shape."""
-        batch, channels, height, width = x.shape
         h = self.norm(x)
-
-        def heads_last(y: Tensor) -> Tensor:
-            # Strided inputs would silently select a slow kernel on the CPU.
-            split = y.reshape(batch, self.heads, channels // self.heads, height * width)
-            return split.transpose(2, 3).contiguous()
-
-        h = F.scaled_dot_product_attention(heads_last(self.q(h)), heads_last(self.k(h)), heads_last(self.v(h)))
-        h = h.transpose(2, 3).reshape(batch, channels, height, width)
-        return x + cast(Tensor, self.proj_out(h))
+        split = (x.shape[0], self.heads, x.shape[1] // self.heads, -1)
+        h = attend(self.q(h).reshape(split), self.k(h).reshape(split), self.v(h).reshape(split))
+        return x + cast(Tensor, self.proj_out(h.reshape(x.shape)))
 
 
 class Downsample(nn.Module):

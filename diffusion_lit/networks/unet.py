@@ -12,6 +12,7 @@ from diffusion_lit.networks.layers import (
     ResBlock,
     SelfAttention,
     Upsample,
+    check_shape,
     group_norm,
     init_conv,
     sinusoidal_embedding,
@@ -87,7 +88,7 @@ class UNet(nn.Module):
         num_groups: int = 32,
     ) -> None:
         super().__init__()
-        self._check(image_size, width, multipliers, num_blocks, attention, dropout, num_groups)
+        check_shape("UNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups)
         self.image_size = image_size
         self.in_channels = in_channels
         self.width = width
@@ -141,40 +142,6 @@ class UNet(nn.Module):
         self.norm_out = group_norm(c, num_groups)
         self.conv_out = nn.Conv2d(c, in_channels if out_channels is None else out_channels, 3, padding=1)
         init_conv(self.conv_out, scale=1e-10)
-
-    @staticmethod
-    def _check(
-        image_size: int,
-        width: int,
-        multipliers: Sequence[int],
-        num_blocks: int,
-        attention: Sequence[int],
-        dropout: float,
-        num_groups: int,
-    ) -> None:
-        halvings = len(multipliers) - 1
-        if halvings < 0 or num_blocks < 1 or min(multipliers, default=1) < 1:
-            raise ValueError(f"UNet: multipliers={list(multipliers)} and num_blocks={num_blocks} must be at least 1")
-        if image_size < 1 or image_size % 2**halvings:
-            raise ValueError(
-                f"UNet: image_size={image_size} cannot be halved {halvings} times; "
-                f"use a multiple of {2**halvings}, or fewer than {halvings + 1} multipliers"
-            )
-        if width < 4 or width % 2:
-            raise ValueError(f"UNet: width={width} must be even and at least 4: half are sines, half cosines")
-        if num_groups < 1 or width % num_groups:
-            raise ValueError(
-                f"UNet: num_groups={num_groups} does not divide width={width}; make width a multiple of num_groups"
-            )
-        resolutions = [image_size >> i for i in range(halvings + 1)]
-        for resolution in attention:
-            if resolution not in resolutions:
-                raise ValueError(
-                    f"UNet: attention at {resolution} pixels, but the resolutions are {resolutions}; "
-                    "choose attention from these"
-                )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"UNet: dropout={dropout} must lie in [0, 1); DDPM uses 0.1 for CIFAR-10")
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
         """Maps noisy images to the network's output.
