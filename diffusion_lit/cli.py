@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
 from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
+from diffusion_lit.methods import classifier_guidance
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer, require_file
 
@@ -54,7 +55,7 @@ def known_names(parser: ArgumentParser) -> set[str]:
         names.update(action.dest.split("."))
         for subparser in (action.choices if isinstance(action.choices, dict) else {}).values():
             names |= known_names(subparser)
-    for room in (callbacks, data, diffusion, loggers, metrics, networks):
+    for room in (callbacks, data, diffusion, loggers, metrics, networks, classifier_guidance):
         for part in vars(room).values():
             if inspect.isclass(part):
                 names.update(inspect.signature(part.__init__).parameters)
