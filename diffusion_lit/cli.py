@@ -26,7 +26,7 @@ from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBa
 from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
 from diffusion_lit.methods import classifier_guidance
 from diffusion_lit.module import DiffusionModule
-from diffusion_lit.trainer import Trainer, require_file
+from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
 CARRIED = ("seed_everything", "model", "data", "ema", "sample_grid", "frechet", "checkpoints")
@@ -34,7 +34,10 @@ USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationExc
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line and name the nearest known key."""
+    """A parser whose errors are one line and name the nearest known key; a beginning of a key is no key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get(TRACEBACK):
@@ -69,13 +72,35 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         r"""(?:[Uu]nrecognized arguments: --|ambiguous option: --|[Oo]ption '|Key '|nested key ['"]?)([\w.]+)""", text
     )
     if unknown is None:
-        return text
+        return nearest_part(text)
     names = known_names(parser)
     parts = unknown[1].split(".")
     nearest = [part if part in names else next(iter(get_close_matches(part, names, 1)), "") for part in parts]
     if all(nearest) and nearest != parts:
         return f"unknown key {unknown[1]!r}; did you mean {'.'.join(nearest)!r}?"
     return text
+
+
+def nearest_part(text: str) -> str:
+    """A parser's message, shortened to the nearest known part where it is about one that does not exist."""
+    if text.startswith("the following arguments are required"):
+        return f"{text}; give --ckpt_path CHECKPOINT, or -c CONFIG"
+    missing = re.search(
+        r"Problem with given class_path '([\w.]+)'.*?has no attribute|Expected a dot import path string: ([\w.]+)", text
+    )
+    if missing is None:
+        return text
+    given = missing[1] or missing[2]
+    parts = {
+        name: f"{room.__name__}.{name}"
+        for room in (callbacks, data, diffusion, loggers, metrics, networks)
+        for name, part in vars(room).items()
+        if inspect.isclass(part) and part.__module__.startswith("diffusion_lit.")
+    }
+    nearest = get_close_matches(given.rpartition(".")[2], parts, 1)
+    if not nearest:
+        return text
+    return f"there is no {given}; did you mean {(parts[nearest[0]] if '.' in given else nearest[0])!r}?"
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -162,6 +187,7 @@ def with_checkpoint_config(args: list[str]) -> list[str]:
     Loggers are off then, unless asked for: the run's curves are those of its training.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is no checkpoint of ours.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -169,8 +195,9 @@ def with_checkpoint_config(args: list[str]) -> list[str]:
     path = parser.parse_known_args(args)[0].ckpt_path
     if not args or args[0] not in ("validate", "test", "predict") or path is None:
         return args
-    require_file(path)
     config = dict(read_checkpoint(path).get("config") or {})
+    if "model" not in config and not any(arg.startswith(("-c", "--config", "--model")) for arg in args):
+        raise ValueError(f"{path} carries no configuration of its model; give the one it was trained with by -c")
     config["trainer"] = {"logger": False, "default_root_dir": str(run_of(path))}
     return [args[0], "--config", json.dumps(config), *args[1:]]
 
@@ -185,7 +212,6 @@ def load_model(path: str) -> DiffusionModule:
         FileNotFoundError: If there is no such file.
         ValueError: If the checkpoint is damaged or carries no configuration.
     """
-    require_file(path)
     return restore(path, DiffusionModule).eval()
 
 

@@ -4,7 +4,8 @@ import csv
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -85,15 +86,14 @@ def why_offline(timeout: float = 3.0) -> str | None:
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "dryrun", "disabled"):
         return f"WANDB_MODE={mode}"
-    if not wandb.api.api_key:
-        return "not logged in: run `wandb login`"
-    url = urlparse(wandb.api.api_url)
+    url = urlparse(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url)
     port = url.port or (80 if url.scheme == "http" else 443)
     try:
         socket.create_connection((url.hostname or "", port), timeout=timeout).close()
     except OSError:
         return f"{url.hostname} does not answer"
-    return None
+    # Only now: with a key but no network, this would take long to give up.
+    return None if wandb.login(prompt=False, verify=False) else "not logged in: run `wandb login`"
 
 
 class WandB(WandbLogger):
@@ -116,6 +116,7 @@ class WandB(WandbLogger):
         id: str | None = None,
     ) -> None:
         directory = Path(save_dir or ".")
+        self._warned = False
         super().__init__(name=name or directory.resolve().name, save_dir=str(directory), project=project, id=id)
 
     @property
@@ -126,16 +127,21 @@ class WandB(WandbLogger):
             return self._experiment
         import wandb
 
+        self._wandb_init.pop("anonymous", None)
         self._wandb_init["settings"] = wandb.Settings(silent=True, console="off", init_timeout=30)
         reason = why_offline()
         try:
             if reason is not None:
-                if os.environ.get("WANDB_MODE") != "disabled":
+                disabled = os.environ.get("WANDB_MODE") == "disabled"
+                if not disabled:
                     rank_zero_info(f"W&B runs offline ({reason}); `wandb sync` uploads it later")
-                    self._wandb_init["mode"] = "offline"
+                self._wandb_init["mode"] = "disabled" if disabled else "offline"
                 self._wandb_init.pop("resume", None)
             Path(self._wandb_init["dir"]).mkdir(parents=True, exist_ok=True)
-            run = super().experiment
+            # Not the base class's: it would go on with another run of this process.
+            self._experiment = run = wandb.init(**self._wandb_init, reinit="create_new")
+            run.define_metric("trainer/global_step")
+            run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         except (wandb.Error, OSError) as error:
             rank_zero_warn(f"W&B is switched off: {type(error).__name__}: {error}")
             self._experiment = run = wandb.init(mode="disabled")
@@ -143,3 +149,25 @@ class WandB(WandbLogger):
         for name in ("fid", "frechet/*"):
             run.define_metric(name, step_metric=IMAGES_SEEN)
         return run
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        with self._harmless():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        with self._harmless():
+            super().log_image(key, images, step, **kwargs)
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Turns an error of W&B into one warning."""
+        import wandb
+
+        try:
+            yield
+        except (wandb.Error, OSError) as error:
+            if not self._warned:
+                rank_zero_warn(f"W&B: {type(error).__name__}: {error}")
+            self._warned = True

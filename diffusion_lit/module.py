@@ -136,7 +136,11 @@ class DiffusionModule(L.LightningModule):
         return own if own is not None or self.guidance is None else self.guidance.num_classes
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError if the data's images have not the network's shape."""
+        """Raises ValueError if the data's images have not the network's shape, or clipping is not by norm."""
+        algorithm = self.trainer.gradient_clip_algorithm
+        if stage == "fit" and algorithm not in (None, "norm"):
+            name = getattr(algorithm, "value", algorithm)
+            raise ValueError(f"trainer.gradient_clip_algorithm={name!r}: only 'norm', the papers', is supported")
         data = getattr(self.trainer, "datamodule", None)
         shape = getattr(data, "image_shape", self.image_shape)
         if stage != "predict" and tuple(shape) != self.image_shape:
@@ -190,15 +194,7 @@ class DiffusionModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm, which Lightning would not tell, and keeps it for the log.
-
-        Raises:
-            ValueError: If another algorithm than "norm" is asked for.
-        """
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(
-                f"trainer.gradient_clip_algorithm={gradient_clip_algorithm!r}: only 'norm', the papers', is supported"
-            )
+        """Clips by the global norm, which Lightning would not tell, and keeps it for the log."""
         limit = gradient_clip_val or float("inf")
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
 

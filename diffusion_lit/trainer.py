@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, run_of
+from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, read_checkpoint, run_of
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
 from diffusion_lit.generation import Request, Requests, asked_labels
@@ -55,8 +55,8 @@ class Trainer(L.Trainer):
         if ckpt_path == LAST:
             ckpt_path = str(newest) if newest.is_file() else None
             rank_zero_info(f"continuing from {newest}" if ckpt_path else f"{newest} is not there: starting anew")
-        elif ckpt_path is not None:
-            require_file(ckpt_path)
+        if ckpt_path is not None:
+            read_checkpoint(ckpt_path)
         if self.is_global_zero:
             require_writable(run_dir)
             if ckpt_path is None and newest.is_file():
@@ -159,7 +159,7 @@ class Trainer(L.Trainer):
 
     def _choose(self, model: L.LightningModule, ckpt_path: str | None, weights: str) -> None:
         if ckpt_path is not None:
-            require_file(ckpt_path)
+            read_checkpoint(ckpt_path)
         if isinstance(model, DiffusionModule):
             model.load_weights = weights
 
@@ -178,12 +178,6 @@ class Generation(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Request]:
         trainer = cast(L.Trainer, self.trainer)
         return self.requests.loader(trainer.global_rank, trainer.world_size)
-
-
-def require_file(path: str) -> None:
-    """Raises FileNotFoundError if there is no such file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"ckpt_path={path}: there is no such file")
 
 
 def require_writable(directory: Path) -> None:

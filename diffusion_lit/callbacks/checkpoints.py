@@ -29,12 +29,15 @@ def run_of(checkpoint: Path | str) -> Path:
     return folder.parent if folder.name == FOLDER else folder
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """Opens a checkpoint without executing anything in it; tensors stay on disk until they are used.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or holds more than tensors and plain data.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ckpt_path={path}: there is no such file")
     try:
         checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
@@ -53,7 +56,8 @@ def restore(path: str, base: type[Module]) -> Module:
         base: What the model must be.
 
     Raises:
-        ValueError: If the checkpoint is damaged, carries no configuration or is of something else.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, carries no configuration or is of something else.
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint.get("config", {}).get("model")

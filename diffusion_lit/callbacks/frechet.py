@@ -115,7 +115,7 @@ class Frechet(L.Callback):
         self.extractor.to(module.device)
         reduce_sum = partial(self._reduce, trainer)
         if self.reference_file is not None:
-            self._reference = Reference.load(self.reference_file)
+            self._reference = Reference.load(self.reference_file, self.extractor)
             return self._reference
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, ImageData):

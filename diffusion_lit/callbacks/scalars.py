@@ -1,7 +1,7 @@
 """The scalars of training."""
 
 import time
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -98,7 +98,7 @@ class Scalars(L.Callback):
             return {}
         sums = self._sums[None]
         if self._trainer is not None and self._trainer.world_size > 1:
-            sums = cast(Tensor, self._trainer.strategy.all_gather(self._sums))
+            sums = self._trainer.strategy.all_gather(self._sums)
         return {"sums": sums.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,334 @@
+"""When callbacks act, and what they draw and write."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, ImageWriter, Plots, SampleGrid, Scalars, sampling_bar
+from diffusion_lit.callbacks import progress as progress_module
+from diffusion_lit.callbacks.interval import Interval
+from diffusion_lit.callbacks.plots import plot_run
+from diffusion_lit.diffusion import DDIM
+from diffusion_lit.generation import Requests
+from diffusion_lit.images import to_uint8
+from diffusion_lit.loggers import CSV, read_curves
+from diffusion_lit.metrics import FeatureMoments, Pixels, Reference, frechet_distance
+from diffusion_lit.module import DiffusionModule
+from tests import tiny
+from tests.tiny import last, load
+
+
+def at(step: int) -> L.Trainer:
+    return cast(L.Trainer, SimpleNamespace(global_step=step))
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+# Interval
+
+
+def test_an_interval_is_due_once_at_every_multiple_however_many_batches_a_step_has() -> None:
+    interval = Interval(3)
+    interval.start(at(0))
+    steps = [0, 1, 1, 2, 3, 3, 3, 4, 6, 6, 7]
+    assert [step for step in steps if interval.due(at(step))] == [3, 6]
+
+
+def test_an_interval_is_not_due_again_where_a_run_goes_on() -> None:
+    interval = Interval(3)
+    interval.start(at(6))
+    assert not interval.due(at(6))
+    assert interval.due(at(9))
+    assert interval.last == 9
+
+
+def test_no_interval_is_never_due_and_one_below_a_step_is_refused() -> None:
+    assert not any(Interval(None).due(at(step)) for step in range(5))
+    with pytest.raises(ValueError, match="every_n_steps=0 must be at least 1"):
+        Interval(0)
+
+
+# Sample grid
+
+
+def test_grids_are_written_at_their_steps_and_at_the_end_always_from_the_same_noise(tmp_path: Path) -> None:
+    class Frozen(L.Callback):
+        """Takes every update back, so that pictures can only differ by their noise."""
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            for p in pl_module.parameters():
+                p.grad = None
+
+    grid = SampleGrid(every_n_steps=2, num_images=3, batch_size=2, sampler=DDIM(2), seed=4)
+    model = tiny.module()
+    tiny.trainer(tmp_path, 5, [grid, Frozen()], gradient_clip_val=None).fit(model, tiny.data())
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["step_00000002.png", "step_00000004.png", "step_00000005.png"]
+    assert len({file.read_bytes() for file in [*files, tmp_path / "samples.png"]}) == 1
+    # Three images of 8 pixels are drawn as tiles of 64 with gaps of 4; the fourth place stays white.
+    picture = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert picture.shape == (132, 132)
+    assert (picture[68:, 68:] == 255).all()
+    assert not (picture[:64, :64] == 255).all()
+
+
+def test_a_grid_shows_the_averaged_model(tmp_path: Path) -> None:
+    grid = SampleGrid(every_n_steps=None, num_images=1, batch_size=1, sampler=DDIM(2))
+    model = tiny.module()
+    tiny.trainer(tmp_path, 3, [EMA([0.9]), grid]).fit(model, tiny.data())
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "samples.png"))).float()
+    shown = picture[4::8, 4::8]
+    difference = {}
+    with model.averaged_weights():
+        difference["averaged"] = (to_uint8(model.sample([0], sampler=DDIM(2)))[0, 0] - shown).abs().mean()
+    difference["raw"] = (to_uint8(model.sample([0], sampler=DDIM(2)))[0, 0] - shown).abs().mean()
+    assert difference["averaged"] < difference["raw"]
+
+
+# Scalars
+
+
+def close(step: int, value: float) -> Any:
+    """A point of a curve, up to float32 rounding."""
+    return step, pytest.approx(value, rel=1e-4)
+
+
+class Keep(L.Callback):
+    """Writes down what every batch's loss was made of."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.norms: list[float] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: object) -> None:
+        self.batches.append((outputs["t"].double().clone(), outputs["losses"].double().clone()))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+        self.norms.append(float(torch.cat(gradients).norm()))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_scalars_are_means_over_all_images_since_the_last_time(tmp_path: Path, accumulate: int) -> None:
+    keep = Keep()
+    settings: dict[str, Any] = {"log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+    tiny.trainer(tmp_path, 4, [Scalars(), keep], **settings).fit(tiny.module(), tiny.data())
+    curves = read_curves(tmp_path)
+    per_log = 2 * accumulate
+    for i, step in enumerate([2, 4]):
+        t, losses = (torch.cat(part) for part in zip(*keep.batches[i * per_log : (i + 1) * per_log], strict=True))
+        assert len(losses) == 2 * tiny.BATCH
+        assert curves["train/loss"][i] == close(step, float(losses.mean()))
+        for low in (0.0, 0.25, 0.5, 0.75):
+            inside = losses[(t > low) & (t <= low + 0.25)]
+            value = curves[f"train/loss_t_{low:.2f}_{low + 0.25:.2f}"][i]
+            assert value == close(step, float(inside.mean()))
+        assert curves["train/gradient_norm"][i] == close(step, keep.norms[2 * i + 1])
+    assert curves["images_seen"] == [(2, 2 * tiny.BATCH), (4, 4 * tiny.BATCH)]
+    assert all(rate > 0 for _, rate in curves["train/images_per_s"])
+
+
+# Curves and plots
+
+
+def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path: Path) -> None:
+    for version, rows in enumerate(["1,5.0,\n2,4.0,9.0\n3,3.0,\n", "3,2.5,\n4,2.0,7.0\n"]):
+        folder = tmp_path / "csv" / f"version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("step,train/loss,fid\n" + rows)
+    (tmp_path / "csv" / "version_10").mkdir()
+    (tmp_path / "csv" / "version_10" / "metrics.csv").write_text("step,train/loss\n5,1.0\n")
+    curves = read_curves(tmp_path)
+    assert curves["train/loss"] == [(1, 5.0), (2, 4.0), (3, 2.5), (4, 2.0), (5, 1.0)]
+    assert curves["fid"] == [(2, 9.0), (4, 7.0)]
+    assert [path.name for path in plot_run(tmp_path)] == ["loss.png", "frechet.png"]
+    assert size(tmp_path / "loss.png") == (880, 495)
+
+
+def test_no_curves_make_no_plots(tmp_path: Path) -> None:
+    assert read_curves(tmp_path) == {}
+    assert plot_run(tmp_path) == []
+
+
+def test_scalars_reach_the_disk_while_a_run_goes_on(tmp_path: Path) -> None:
+    logger = CSV(str(tmp_path), flush_logs_every_n_steps=100)
+    for step in range(50, 350, 50):
+        logger.log_metrics({"train/loss": float(step)}, step)
+    assert read_curves(tmp_path)["train/loss"][-1] == (300, 300.0)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_plots_hold_the_last_score_also_of_an_interrupted_run(
+    tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            if interrupted and trainer.global_step == 2:
+                raise RuntimeError("on purpose")
+
+    frechet = Frechet(Pixels(2), every_n_steps=100, num_images=4, batch_size=4, at_start=True)
+    made = tiny.trainer(tmp_path, 3, [Plots(), EMA(), frechet, Scalars(), Stop(), Checkpoints()])
+    drawn: list[dict[str, Any]] = []
+    original = read_curves
+
+    def keep(run_dir: Path) -> dict[str, Any]:
+        drawn.append(original(run_dir))
+        return drawn[-1]
+
+    monkeypatch.setattr("diffusion_lit.callbacks.plots.read_curves", keep)
+    if interrupted:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            made.fit(tiny.module(), tiny.data())
+    else:
+        made.fit(tiny.module(), tiny.data())
+    assert [step for step, _ in drawn[-1]["frechet/pixels"]] == ([0] if interrupted else [0, 3])
+    assert [step for step, _ in drawn[-1]["train/loss"]] == ([1, 2] if interrupted else [1, 2, 3])
+    assert (tmp_path / "loss.png").is_file()
+
+
+# Fréchet distance
+
+
+def test_a_score_is_the_distance_of_the_averaged_model_s_images_to_the_training_set(tmp_path: Path) -> None:
+    extractor = Pixels(4)
+    frechet = Frechet(extractor, every_n_steps=2, num_images=10, batch_size=4, seed=7)
+    model = tiny.module()
+    tiny.trainer(tmp_path, 2, [EMA([0.9]), frechet, Checkpoints()]).fit(model, tiny.data())
+    [(step, value)] = read_curves(tmp_path)["frechet/pixels"]
+    moments = [FeatureMoments(extractor.num_features) for _ in range(2)]
+    with model.averaged_weights():
+        moments[0].update(extractor(to_uint8(torch.cat([model.sample([i], 7) for i in range(10)]))))
+    moments[1].update(extractor(tiny.data().dataset("train").batch(range(1797))["image"]))
+    expected = frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
+    assert step == 2
+    assert value == pytest.approx(expected, rel=1e-3)
+    assert load(tmp_path / "checkpoints" / "best.ckpt")["global_step"] == 2
+
+
+def test_a_given_reference_must_be_of_the_same_features(tmp_path: Path) -> None:
+    Reference(torch.zeros(12), torch.eye(12), 5, "other").save(tmp_path / "other.npz")
+    frechet = Frechet(Pixels(4), every_n_steps=1, num_images=4, batch_size=4, reference=str(tmp_path / "other.npz"))
+    with pytest.raises(ValueError, match="12 features, but pixels has 48"):
+        tiny.trainer(tmp_path, 1, [EMA(), frechet]).fit(tiny.module(), tiny.data())
+
+
+# Image writer
+
+
+class Labelled(DiffusionModule):
+    """As if a condition had been asked for."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return {**super().predict_step(batch, batch_idx), "condition": {"label": batch["index"] * 2 + 1}}
+
+
+def test_images_are_written_with_labels_as_png_npz_and_grid(tmp_path: Path) -> None:
+    model = Labelled(tiny.network(), sampler=DDIM(2))
+    tiny.trainer(tmp_path, callbacks=[], logger=False).predict(model, num_images=5, batch_size=2, seed=3)
+    out = tmp_path / "predictions" / "seed_3"
+    with np.load(out / "images.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (5, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [1, 3, 5, 7, 9]
+    expected = to_uint8(model.eval().sample([2, 3], 3))
+    assert np.array_equal(images[2, :, :, 0], expected[0, 0].numpy())
+    for i in range(5):
+        with Image.open(out / f"{i:06}.png") as image:
+            assert image.info["label"] == str(2 * i + 1)
+            assert np.array_equal(np.asarray(image), images[i, :, :, 0])
+    assert len(list(out.glob("0*.png"))) == 5
+    assert size(out / "grid.png") == (3 * 68 - 4, 2 * 68 - 4)
+
+
+def test_without_labels_there_are_none_and_without_npz_no_file(tmp_path: Path) -> None:
+    made = tiny.trainer(tmp_path, callbacks=[], logger=False)
+    made.predict(tiny.module(), num_images=2, batch_size=2, out=str(tmp_path / "a"))
+    assert np.load(tmp_path / "a" / "images.npz").files == ["arr_0"]
+    made.predict(tiny.module(), num_images=2, batch_size=2, out=str(tmp_path / "b"), npz=False)
+    assert not (tmp_path / "b" / "images.npz").exists()
+    assert not any(isinstance(callback, ImageWriter) for callback in made.callbacks)  # type: ignore[attr-defined]
+
+
+# Progress
+
+
+@pytest.mark.parametrize(("num_images", "batch_size", "world_size"), [(10, 4, 1), (3, 8, 1), (22, 4, 2), (9, 4, 2)])
+def test_a_sampling_bar_counts_every_image_once(
+    num_images: int, batch_size: int, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(progress_module, "tqdm", Bar)
+    trainer = cast(
+        L.Trainer,
+        SimpleNamespace(is_global_zero=True, progress_bar_callback=1, world_size=world_size, training=False),
+    )
+    model = tiny.module()
+    requests = Requests(num_images, batch_size)
+    at_ends = []
+    with sampling_bar(trainer, model, requests, "images"):
+        for _ in requests.of_rank(0, world_size):
+            for done in range(1, 4):
+                before = bars[0].n
+                assert model.on_sampling_step is not None
+                model.on_sampling_step(done, 3)
+                assert bars[0].n >= before
+            at_ends.append(bars[0].n)
+    rounds = range(batch_size * world_size, num_images + batch_size * world_size, batch_size * world_size)
+    assert at_ends == pytest.approx([min(r, num_images) for r in rounds])
+    assert model.on_sampling_step is None
+    assert bars[0].total == num_images
+
+
+# Checkpoints
+
+
+def test_snapshots_are_kept_and_the_last_is_written_at_the_end(tmp_path: Path) -> None:
+    callbacks = [EMA(), Checkpoints(every_n_steps=2, keep_every_n_steps=2)]
+    tiny.trainer(tmp_path, 5, callbacks, accumulate_grad_batches=2).fit(tiny.module(), tiny.data())
+    files = {path.name: load(path)["global_step"] for path in (tmp_path / "checkpoints").iterdir()}
+    assert files == {"step_00000002.ckpt": 2, "step_00000004.ckpt": 4, "last.ckpt": 5}
+
+
+def test_an_error_before_the_first_step_does_not_touch_the_last_checkpoint(tmp_path: Path) -> None:
+    class Fails(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            raise RuntimeError("on purpose")
+
+    tiny.trainer(tmp_path, 2).fit(tiny.module(), tiny.data())
+    before = last(tmp_path).read_bytes()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tiny.trainer(tmp_path, 4, [EMA(), Scalars(), Fails(), Checkpoints()]).fit(
+            tiny.module(), tiny.data(), ckpt_path="last"
+        )
+    assert last(tmp_path).read_bytes() == before
+
+
+def test_a_keyboard_interrupt_leaves_a_checkpoint_of_the_last_step(tmp_path: Path) -> None:
+    class Interrupt(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            if trainer.global_step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        tiny.trainer(tmp_path, 5, [EMA(), Interrupt(), Checkpoints()]).fit(tiny.module(), tiny.data())
+    assert load(last(tmp_path))["global_step"] == 3

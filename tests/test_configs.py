@@ -1,0 +1,134 @@
+"""Every recipe becomes objects, and says what its paper says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from diffusion_lit import cli
+from diffusion_lit.diffusion import DDIM, Ancestral, FixedLarge, FixedSmall
+from diffusion_lit.networks.layers import ResBlock
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
+
+
+class OnlyParts(cli.CLI):
+    """Parses and instantiates as `fit` does, and stops there."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def instantiate(recipe: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> OnlyParts:
+    # Weights are not looked at; without them a network of 113 M takes no time and, never touched, no memory.
+    for name in ("kaiming_uniform_", "xavier_uniform_", "uniform_", "zeros_", "ones_", "normal_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    args = ["fit", "-c", str(CONFIGS / "base.yaml"), "-c", str(CONFIGS / f"{recipe}.yaml")]
+    return OnlyParts([*args, "--trainer.accelerator", "cpu", "--trainer.devices", "1", *more])
+
+
+def test_there_is_a_recipe_for_everything_promised() -> None:
+    assert {"digits", "cifar10", "lsun_church", "lsun_bedroom", "lsun_cat", "folder"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_instantiates_without_touching_data(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = instantiate(recipe, monkeypatch)
+    assert made.datamodule.image_shape == made.model.image_shape
+    made.model.sampler.times(made.model.process)
+    assert not list(Path.cwd().iterdir())
+    first = (CONFIGS / f"{recipe}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ")
+
+
+def callbacks_of(made: OnlyParts) -> list[Any]:
+    return list(made.trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def rates(model: Any, wanted: list[int]) -> list[float]:
+    """The learning rate that the optimiser has while it makes each step."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = model.make_optimizer([parameter])
+    scheduler = model.make_lr_scheduler(optimizer)
+    seen = {}
+    for step in range(max(wanted) + 1):
+        if step in wanted:
+            seen[step] = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+    return [seen[step] for step in wanted]
+
+
+# Ho et al. 2020, appendix B: parameters, batch, learning rate, steps, dropout, flips.
+PAPER = {
+    "cifar10": (35_746_307, 128, 2e-4, 800_000, 0.1, True),
+    "lsun_bedroom": (113_673_219, 64, 2e-5, 2_400_000, 0.0, False),
+    "lsun_cat": (113_673_219, 64, 2e-5, 1_800_000, 0.0, True),
+    "lsun_church": (113_673_219, 64, 2e-5, 1_200_000, 0.0, True),
+}
+
+
+@pytest.mark.parametrize("recipe", PAPER)
+def test_a_paper_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, batch, rate, steps, dropout, flip = PAPER[recipe]
+    made = instantiate(recipe, monkeypatch)
+    model, data, trainer = made.model, made.datamodule, made.trainer
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert rates(model, [4999, 6000]) == pytest.approx([rate, rate])
+    assert (data.batch_size, data.flip, trainer.max_steps) == (batch, flip, steps)
+    assert trainer.gradient_clip_val == 1.0
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} <= {dropout}
+    assert sum(isinstance(m, ResBlock) for m in model.modules()) == (2 + 3) * (4 if recipe == "cifar10" else 6) + 2
+    [ema] = [c for c in callbacks_of(made) if type(c).__name__ == "EMA"]
+    assert (ema.decays, ema.warmup) == ([0.9999], False)
+    assert type(model.sampler) is Ancestral
+    assert type(model.sampler.variance) is (FixedLarge if recipe == "cifar10" else FixedSmall)
+    assert len(model.sampler.times(model.process)) == 1001
+    assert isinstance(model.make_optimizer([nn.Parameter(torch.zeros(1))]), torch.optim.Adam)
+    alpha, _ = model.process.alpha_sigma(torch.tensor([1 / 1000, 1.0], dtype=torch.float64))
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    torch.testing.assert_close(alpha**2, torch.stack([1 - betas[0], (1 - betas).prod()]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rate", "warmup"), [("cifar10", 2e-4, 5000), ("lsun_cat", 2e-5, 5000), ("folder", 1e-4, 1000)]
+)
+def test_the_learning_rate_warms_up_linearly_to_its_full_value(
+    recipe: str, rate: float, warmup: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = instantiate(recipe, monkeypatch).model
+    steps = [0, 1, 99, warmup // 2, warmup - 2, warmup - 1, warmup, warmup + 10]
+    expected = [rate * min(1.0, (step + 1) / warmup) for step in steps]
+    assert rates(model, steps) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_digits_recipe_anneals_over_the_steps_that_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = instantiate("digits", monkeypatch)
+    steps = int(made.trainer.max_steps)
+    start, half, end = rates(made.model, [0, steps // 2, steps - 1])
+    assert half == pytest.approx(start / 2, rel=1e-2)
+    assert end < start / 1000
+
+
+def test_overlays_hold_only_what_differs_from_the_base() -> None:
+    def leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+        if not isinstance(tree, dict):
+            return {path: tree}
+        return {k: v for key, value in tree.items() for k, v in leaves(value, (*path, key)).items()}
+
+    base = leaves(yaml.safe_load((CONFIGS / "base.yaml").read_text()))
+    for recipe in RECIPES:
+        overlay = leaves(yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text()))
+        assert not [key for key, value in overlay.items() if base.get(key, object()) == value], recipe
+
+
+def test_while_training_a_score_uses_fewer_images_than_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = instantiate("cifar10", monkeypatch)
+    [frechet] = [c for c in callbacks_of(made) if type(c).__name__ == "Frechet"]
+    assert (frechet.requests.num_images, frechet.test_requests.num_images) == (10_000, 50_000)
+    assert isinstance(frechet.sampler, DDIM)
+    assert frechet.name == "fid"

@@ -1,0 +1,343 @@
+"""What must hold with several processes: here two on a CPU, over gloo.
+
+Scenarios run here with one process and, all in one go, in two processes of their own; they write down what they saw,
+and the tests compare.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Scalars
+from diffusion_lit.diffusion import Denoiser, Objective
+from diffusion_lit.generation import Requests
+from diffusion_lit.images import to_uint8
+from diffusion_lit.loggers import read_curves
+from diffusion_lit.metrics import Pixels
+from diffusion_lit.types import Condition
+from tests import tiny
+from tests.tiny import identical, last, load
+
+REPOSITORY = Path(__file__).parent.parent
+TIMEOUT = 120
+
+
+def two_processes(place: Path) -> None:
+    """Runs all scenarios in two processes; both end here, come what may."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.test_processes", str(place)],
+        env=environment,
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, output[-4000:]
+
+
+def trainer(count: int, place: Path, max_steps: int, callbacks: list[L.Callback], **kwargs: Any) -> Any:
+    return tiny.trainer(place, max_steps, callbacks, devices=count, strategy="ddp" if count > 1 else "auto", **kwargs)
+
+
+class FromTheImage(Objective):
+    """Times and noise that are functions of the image, so that a gradient does not depend on who computes it."""
+
+    def __call__(
+        self, denoiser: Denoiser, x0: Tensor, condition: Condition, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        t = ((x0.flatten(1).sum(1).abs() * 7).long() % 100 + 1) / 100
+        eps = torch.sin(x0 * 50 + torch.arange(64.0).view(1, 1, 8, 8))
+        prediction = denoiser(denoiser.process.perturb(x0, eps, t), t, condition)
+        losses = (eps - prediction.eps).square().flatten(1).mean(1)
+        return {"loss": losses.mean(), "t": t, "losses": losses.detach()}
+
+
+class Watch(L.Callback):
+    """Writes down what one process sees of the first steps."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.seen: dict[str, list[Tensor]] = {"image": [], "noise": [], "gradient": [], "weights": []}
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: object) -> None:
+        self.seen["image"].append(batch["image"].clone())
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        self.seen["gradient"].append(
+            torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None])
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        self.seen["noise"].append(torch.randn(8))
+        self.seen["weights"].append(torch.cat([p.detach().flatten().clone() for p in pl_module.parameters()]))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(self.seen, self.place / f"rank_{trainer.global_rank}.pt")
+
+
+class Score(L.Callback):
+    """Writes down a Fréchet distance in full precision."""
+
+    def __init__(self, frechet: Frechet, place: Path) -> None:
+        self.frechet = frechet
+        self.place = place
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        value = self.frechet.score(trainer, pl_module, Requests(22, 4))  # type: ignore[arg-type]
+        (self.place / f"score_{trainer.global_rank}.json").write_text(json.dumps(value))
+
+
+# Scenarios
+
+
+def train(count: int, place: Path) -> None:
+    """Steps whose gradient is known, then a score."""
+    frechet = Frechet(Pixels(4), num_images=22, batch_size=4, cache_dir=str(place / "cache"))
+    model = tiny.module(network=tiny.network(dropout=0.0), objective=FromTheImage())
+    callbacks = [EMA([0.9]), Scalars(), Watch(place), Score(frechet, place)]
+    trainer(count, place, 3, callbacks, log_every_n_steps=3).fit(model, tiny.data())
+
+
+def score(count: int, place: Path) -> None:
+    """The distance of an untrained model."""
+    frechet = Frechet(Pixels(4), num_images=22, batch_size=4, cache_dir=str(place / "cache"))
+    model = tiny.module()
+
+    class AtStart(Score):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            super().on_train_end(trainer, pl_module)
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            """Only at the start."""
+
+    trainer(count, place, 1, [AtStart(frechet, place)], logger=False).fit(model, tiny.data())
+
+
+def resume(count: int, place: Path) -> None:
+    """The same run in one piece and in two, where the pause lies between two logged steps."""
+    for name, stops in (("whole", [5]), ("parts", [2, 5])):
+        for stop in stops:
+            callbacks = [EMA([0.9, 0.5]), Scalars(), Checkpoints()]
+            made = trainer(count, place / name, stop, callbacks, log_every_n_steps=3)
+            made.fit(tiny.module(), tiny.data(), ckpt_path="last")
+
+
+def generate(count: int, place: Path) -> None:
+    """Images 0 .. 9 in batches of four, where one process makes one more batch than the other."""
+    made = trainer(count, place, 1, [], logger=False)
+    made.predict(tiny.module(), num_images=10, batch_size=4, seed=5, out=str(place / "out"))
+
+
+def fail(count: int, place: Path) -> None:
+    """One process fails; the run ends all the same and keeps a checkpoint."""
+
+    class Fail(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            if trainer.global_step == 2 and trainer.is_global_zero:
+                raise KeyError("on purpose")
+
+    try:
+        trainer(count, place, 4, [EMA(), Scalars(), Fail(), Checkpoints()]).fit(tiny.module(), tiny.data())
+    except KeyError:
+        (place / "failed").touch()
+        os._exit(0)
+
+
+SCENARIOS = (train, score, resume, generate, fail)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Where one process, and where two wrote what they saw."""
+    one, two = (tmp_path_factory.mktemp(f"processes_{count}") for count in (1, 2))
+    for scenario in (train, score, generate):
+        (one / scenario.__name__).mkdir()
+        scenario(1, one / scenario.__name__)
+    two_processes(two)
+    return [one, two]
+
+
+def seen(places: list[Path], what: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    one, first, second = (
+        torch.load(place / "train" / f"rank_{rank}.pt", weights_only=True)[what]
+        for place, rank in ((places[0], 0), (places[1], 0), (places[1], 1))
+    )
+    return one, first, second
+
+
+def test_two_processes_see_together_the_batches_of_one(places: list[Path]) -> None:
+    for one, first, second in zip(*seen(places, "image"), strict=True):
+        assert first.shape[0] == second.shape[0] == one.shape[0] // 2
+        assert torch.equal(torch.cat([first, second]), one)
+
+
+def test_two_processes_make_the_steps_of_one(places: list[Path]) -> None:
+    for one, first, second in zip(*seen(places, "gradient"), strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, one, rtol=1e-3, atol=1e-5)
+    for _, first, second in zip(*seen(places, "weights"), strict=True):
+        assert torch.equal(first, second)
+    first_gradients = [gradients[0] for gradients in seen(places, "gradient")[:2]]
+    torch.testing.assert_close(*first_gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_no_two_processes_or_steps_draw_the_same_noise(places: list[Path]) -> None:
+    _, first, second = seen(places, "noise")
+    assert len({tuple(noise.tolist()) for noise in [*first, *second]}) == 6
+
+
+def test_losses_are_means_over_the_images_of_all_processes(places: list[Path]) -> None:
+    one, two = (read_curves(place / "train") for place in places)
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.startswith("train/loss") or name == "images_seen":
+            assert [step for step, _ in two[name]] == [3]
+            assert two[name][0][1] == pytest.approx(one[name][0][1], rel=1e-4)
+
+
+def test_a_frechet_distance_does_not_depend_on_the_number_of_processes(places: list[Path]) -> None:
+    one, first, second = (
+        json.loads((place / "score" / f"score_{rank}.json").read_text())
+        for place, rank in ((places[0], 0), (places[1], 0), (places[1], 1))
+    )
+    assert first == second
+    # Fewer images than features: roots of eigenvalues near 1e-17 remain.
+    assert one == pytest.approx(first, rel=1e-8)
+    assert one > 0.1
+
+
+def test_two_processes_resume_bit_for_bit(places: list[Path]) -> None:
+    folder = places[1] / "resume"
+    whole, parts = (load(last(folder / name)) for name in ("whole", "parts"))
+    for name in ("state_dict", "current_model_state", "averages", "optimizer_states", "lr_schedulers"):
+        assert identical(whole[name], parts[name])
+    curves = [read_curves(folder / name) for name in ("whole", "parts")]
+    for curve in curves:
+        del curve["train/images_per_s"]
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]["train/loss"]] == [3]
+
+
+def test_a_failure_in_one_process_ends_the_run_with_a_checkpoint(places: list[Path]) -> None:
+    assert (places[1] / "fail" / "failed").exists()
+    assert load(last(places[1] / "fail"))["global_step"] == 2
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def test_images_are_the_same_bytes_with_one_process_and_with_two(places: list[Path], tmp_path: Path) -> None:
+    one, two = (files(place / "generate" / "out") for place in places)
+    assert len(one) == 11
+    assert one == two
+    arrays = [np.load(place / "generate" / "out" / "images.npz")["arr_0"] for place in places]
+    assert np.array_equal(*arrays)
+    tiny.trainer(tmp_path, callbacks=[], logger=False).predict(
+        tiny.module(), num_images=3, batch_size=4, seed=5, out=str(tmp_path / "few")
+    )
+    assert {name: one[name] for name in ("000000.png", "000001.png", "000002.png")} == {
+        name: value for name, value in files(tmp_path / "few").items() if name != "grid.png"
+    }
+
+
+# With one process
+
+
+def test_with_another_batch_size_images_differ_by_rounding_at_most(tmp_path: Path) -> None:
+    images = []
+    for size in (1, 7, 16):
+        out = tmp_path / str(size)
+        tiny.trainer(tmp_path, callbacks=[], logger=False).predict(
+            tiny.module(), num_images=16, batch_size=size, seed=5, out=str(out)
+        )
+        images.append(np.stack([np.asarray(Image.open(out / f"{i:06}.png")) for i in range(16)]).astype(int))
+    for other in images[1:]:
+        assert abs(other - images[0]).max() <= 1
+        assert (other != images[0]).mean() <= 1e-3
+    assert len({image.tobytes() for image in images[0]}) == 16
+
+
+def test_the_noise_of_an_image_depends_on_seed_and_index_alone() -> None:
+    starts: dict[tuple[int, ...], Tensor] = {}
+    for indices in ((0, 1, 2), (2,), (5, 2)):
+
+        class Keep(torch.nn.Module):
+            image_size, in_channels = 8, 1
+            first: Tensor | None = None
+
+            def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+                self.first = x.clone() if self.first is None else self.first
+                return torch.zeros_like(x)
+
+        keep = Keep()
+        tiny.module(network=keep).sample(indices, seed=9)
+        assert keep.first is not None
+        starts[indices] = keep.first
+    assert torch.equal(starts[0, 1, 2][2], starts[2,][0])
+    assert torch.equal(starts[5, 2][1], starts[2,][0])
+    assert not torch.equal(starts[0, 1, 2][0], starts[0, 1, 2][1])
+    assert not torch.equal(tiny.module().sample([0], seed=1), tiny.module().sample([0], seed=2))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "world_size"), [(1, 4, 2), (10, 4, 1), (10, 4, 2), (12, 4, 3), (9, 2, 4)]
+)
+def test_requests_cover_every_image_once_in_batches_of_one_size(
+    num_images: int, batch_size: int, world_size: int
+) -> None:
+    requests = Requests(num_images, batch_size)
+    asked: list[int] = []
+    for rank in range(world_size):
+        for request, count in requests.of_rank(rank, world_size):
+            assert len(request["index"]) == batch_size
+            asked += request["index"].tolist()[:count]
+        loaded = [batch["index"].tolist() for batch in requests.loader(rank, world_size)]
+        assert loaded == [request["index"].tolist() for request, _ in requests.of_rank(rank, world_size)]
+    assert sorted(asked) == list(range(num_images))
+
+
+@pytest.mark.parametrize(("num_images", "batch_size", "message"), [(0, 4, "num_images=0"), (4, 0, "batch_size=0")])
+def test_requests_for_nothing_are_refused(num_images: int, batch_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message} must be at least 1"):
+        Requests(num_images, batch_size)
+
+
+def test_sampling_leaves_modes_and_gradients_as_they_were() -> None:
+    model = tiny.module()
+    model.train()
+    model.denoiser.network.conv_in.eval()  # type: ignore[union-attr]
+    image = model.sample([0])
+    assert model.training
+    assert not model.denoiser.network.conv_in.training  # type: ignore[union-attr]
+    assert not image.requires_grad
+    assert torch.equal(to_uint8(image), to_uint8(model.eval().sample([0])))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for scenario in SCENARIOS:
+        folder = Path(sys.argv[1]) / scenario.__name__
+        folder.mkdir(exist_ok=True)
+        scenario(2, folder)
