@@ -27,11 +27,11 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train sample evaluate test lint format clean
+.PHONY: help install demo train sample evaluate table-guidance test lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 install: $(READY) ## install into .venv
 
@@ -55,6 +55,9 @@ sample: $(READY) ## generate N=64 images from CKPT=...
 
 evaluate: $(READY) ## score CKPT=... by the Frechet distance over N images, the recipe's number by default
 	$(NEEDS_CKPT)$(RUN) test --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--frechet.test_num_images $(N)) $(ARGS)
+
+table-guidance: $(READY) ## score CKPT=... at several guidance scales: a table and a plot
+	$(NEEDS_CKPT)$(BIN)/python -m diffusion_lit.methods.guidance_table $(CKPT) $(if $(N),--num_images $(N)) $(ARGS)
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest $(ARGS)

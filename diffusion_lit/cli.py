@@ -17,13 +17,14 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
-from diffusion_lit.callbacks.checkpoints import read_checkpoint, run_of
+from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
+from diffusion_lit.methods import classifier_guidance
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
 
@@ -57,7 +58,7 @@ def known_names(parser: ArgumentParser) -> set[str]:
         names.update(action.dest.split("."))
         for subparser in (action.choices if isinstance(action.choices, dict) else {}).values():
             names |= known_names(subparser)
-    for room in (callbacks, data, diffusion, loggers, metrics, networks):
+    for room in (callbacks, data, diffusion, loggers, metrics, networks, classifier_guidance):
         for part in vars(room).values():
             if inspect.isclass(part):
                 names.update(inspect.signature(part.__init__).parameters)
@@ -132,7 +133,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
-            DiffusionModule,
+            LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -211,15 +212,7 @@ def load_model(path: str) -> DiffusionModule:
         FileNotFoundError: If there is no such file.
         ValueError: If the checkpoint is damaged or carries no configuration.
     """
-    checkpoint = read_checkpoint(path)
-    if "model" not in checkpoint.get("config", {}):
-        raise ValueError(f"{path} carries no configuration of its model: it was not written by the command line")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DiffusionModule, "model")
-    made = parser.instantiate_classes(parser.parse_object({"model": checkpoint["config"]["model"]}))
-    model: DiffusionModule = made.model
-    model.load_state_dict(checkpoint["state_dict"])
-    return model.eval()
+    return restore(path, DiffusionModule).eval()
 
 
 def require_devices(trainer: Namespace) -> None:

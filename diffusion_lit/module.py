@@ -19,14 +19,16 @@ from diffusion_lit.diffusion import (
     DenoisingLoss,
     DiscreteProcess,
     Eps,
+    Guidance,
     ImageNoise,
     Objective,
     Parameterization,
     Sampler,
 )
-from diffusion_lit.generation import Request
+from diffusion_lit.diffusion.guidance import num_classes_of
+from diffusion_lit.generation import Request, check_labels
 from diffusion_lit.images import to_uint8
-from diffusion_lit.types import Batch, Condition, StepFn
+from diffusion_lit.types import Batch, Condition, DenoiseFn, StepFn
 
 TRAINING, VALIDATION = 0, 1
 RAW = "raw"
@@ -82,9 +84,10 @@ class DiffusionModule(L.LightningModule):
         optimizer: Makes the optimiser from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimiser, advanced every step; None: constant.
         seed: Decides times, noise and dropout while training.
+        guidance: How sampling follows the label; None: as far as the network does by itself. Training is unguided.
 
     Raises:
-        ValueError: If parts do not fit together: see `Denoiser` and `Sampler.times`.
+        ValueError: If parts do not fit together: see `Denoiser`, `Sampler.times` and `Guidance.check`.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class DiffusionModule(L.LightningModule):
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
+        guidance: Guidance | None = None,
     ) -> None:
         super().__init__()
         self.denoiser = Denoiser(network, parameterization, process)
@@ -104,6 +108,9 @@ class DiffusionModule(L.LightningModule):
         self.objective = objective
         self.sampler = sampler
         self.sampler.times(process)
+        self.guidance = guidance
+        if guidance is not None:
+            guidance.check(self.denoiser)
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.seed = seed
@@ -122,6 +129,12 @@ class DiffusionModule(L.LightningModule):
         network = self.denoiser.network
         size = cast(int, network.image_size)
         return cast(int, network.in_channels), size, size
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes can be asked for, by the network or by its guidance; None: the model is unconditional."""
+        own = num_classes_of(self.denoiser.network)
+        return own if own is not None or self.guidance is None else self.guidance.num_classes
 
     def setup(self, stage: str) -> None:
         """Raises ValueError if the data's images have not the network's shape, or clipping is not by norm."""
@@ -301,6 +314,17 @@ class DiffusionModule(L.LightningModule):
             for m, training in modes:
                 m.training = training
 
+    def bind(self, condition: Condition) -> DenoiseFn:
+        """What samplers call: the denoiser, with guidance if there is any, told this condition.
+
+        Raises:
+            ValueError: If a label is out of range, or given to a model without classes.
+        """
+        if "label" in condition:
+            check_labels(condition["label"], self.num_classes)
+        condition = {name: value.to(self.device) for name, value in condition.items()}
+        return self.denoiser.bind(condition) if self.guidance is None else self.guidance(self.denoiser, condition)
+
     def sample(
         self,
         indices: Sequence[int],
@@ -315,18 +339,26 @@ class DiffusionModule(L.LightningModule):
             indices: Which images, (B,); image i depends on the seed and i alone.
             seed: At least 0.
             sampler: Another sampler than the module's own.
-            condition: Passed to the network.
+            condition: Passed to the network; by default, of a model with classes, image i shows class i modulo their
+                number. Without a label, {}, a network that knows the null label is unconditional.
             on_step: Told of every step done.
 
         Returns:
             Images, (B, C, H, W), nominally in [-1, 1], on the module's device.
+
+        Raises:
+            ValueError: If the condition does not fit the model or its guidance.
         """
         noise = ImageNoise(seed, indices, self.image_shape, self.device)
-        denoise = self.denoiser.bind(condition or {})
+        denoise = self.bind(self.default_condition(indices) if condition is None else condition)
         with self._evaluating():
             return (sampler or self.sampler)(
                 denoise, noise.draw(), self.process, noise.draw, on_step or self.on_sampling_step
             )
+
+    def default_condition(self, indices: Sequence[int]) -> Condition:
+        """What images are of where nobody says: class i modulo the number of classes, if there are any."""
+        return {} if self.num_classes is None else {"label": torch.tensor(indices) % self.num_classes}
 
     def encode(self, images: Tensor, sampler: DDIM, condition: Condition | None = None) -> Tensor:
         """The noise that a deterministic sampler would turn into these images.
@@ -337,7 +369,7 @@ class DiffusionModule(L.LightningModule):
             condition: Passed to the network.
         """
         with self._evaluating():
-            return sampler.encode(self.denoiser.bind(condition or {}), images.to(self.device), self.process)
+            return sampler.encode(self.bind(condition or {}), images.to(self.device), self.process)
 
     def decode(self, noise: Tensor, sampler: DDIM, condition: Condition | None = None) -> Tensor:
         """Images from given noise, (B, C, H, W), by a deterministic sampler.
@@ -349,10 +381,10 @@ class DiffusionModule(L.LightningModule):
             raise ValueError(f"decode: eta={sampler.eta} would add noise of its own; use eta=0")
         noise = noise.to(self.device)
         with self._evaluating():
-            return sampler(self.denoiser.bind(condition or {}), noise, self.process, lambda: torch.zeros_like(noise))
+            return sampler(self.bind(condition or {}), noise, self.process, lambda: torch.zeros_like(noise))
 
     def predict_step(self, batch: Request, batch_idx: int) -> Generated:
-        condition = dict(condition_of(batch))
+        condition = dict(condition_of(batch) or self.default_condition(batch["index"].tolist()))
         with self.averaged_weights():
             images = self.sample(batch["index"].tolist(), self.generation_seed, condition=condition)
         return {"index": batch["index"], "image": to_uint8(images), "condition": condition}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, read_checkpoint, run_of
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
-from diffusion_lit.generation import Request, Requests
+from diffusion_lit.generation import Request, Requests, asked_labels
 from diffusion_lit.module import AVERAGED, DiffusionModule
 
 LAST = "last"
@@ -108,11 +108,13 @@ class Trainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights: str = AVERAGED,
-        num_images: int = 64,
+        num_images: int | None = None,
         batch_size: int = 64,
         seed: int = 0,
         out: str | None = None,
         npz: bool = True,
+        labels: str | list[int] | None = None,
+        per_class: int | None = None,
     ) -> None:
         """Generates images: PNG files, a grid and an .npz.
 
@@ -121,19 +123,25 @@ class Trainer(L.Trainer):
             datamodule: Not used.
             ckpt_path: The checkpoint to draw from.
             weights: "averaged", "raw", or the decay of a further average.
-            num_images: How many images.
+            num_images: How many images; by default as many as labels ask for, else 64.
             batch_size: Images made at once by each process.
             seed: Image i depends on the seed and i alone.
             out: Where to; by default <run>/predictions/seed_<seed>.
             npz: Whether to write all images as one .npz too.
+            labels: Classes, such as 3,3,7: image i shows the i-th, and after the last the first again. By default, of a
+                model with classes, image i shows class i modulo their number.
+            per_class: Instead of labels, so many images of every class, class by class.
 
         Raises:
-            ValueError: If a number is out of range or `out` cannot be written to.
+            ValueError: If a number is out of range, the model has no such class or `out` cannot be written to.
         """
         self._choose(model, ckpt_path, weights)
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
-        requests = Requests(num_images, batch_size)
+        asked = asked_labels(labels, per_class, getattr(model, "num_classes", None))
+        if num_images is None:
+            num_images = 64 if asked is None else len(asked)
+        requests = Requests(num_images, batch_size, asked)
         run_dir = Path(self.default_root_dir) if ckpt_path is None else run_of(ckpt_path)
         directory = Path(out) if out is not None else run_dir / "predictions" / f"seed_{seed}"
         if self.is_global_zero:

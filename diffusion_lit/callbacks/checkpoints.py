@@ -5,15 +5,17 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 FOLDER = "checkpoints"
 LAST = "last"
+Module = TypeVar("Module", bound=L.LightningModule)
 
 
 def last_checkpoint(run_dir: Path | str) -> Path:
@@ -44,6 +46,34 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
     return checkpoint
+
+
+def restore(path: str, base: type[Module]) -> Module:
+    """A model from a checkpoint alone, with the weights that a reader of it wants.
+
+    Args:
+        path: A checkpoint that `fit` wrote.
+        base: What the model must be.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, carries no configuration or is of something else.
+    """
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.get("config", {}).get("model")
+    if config is None:
+        raise ValueError(f"{path} carries no configuration of its model: it was not written by the command line")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "model")
+    try:
+        made = parser.instantiate_classes(parser.parse_object({"model": config}))
+    except ArgumentError as error:
+        raise ValueError(
+            f"{path} is of {config.get('class_path')}, no {base.__name__} that can be made: {error}"
+        ) from error
+    model: Module = made.model
+    model.load_state_dict(checkpoint["state_dict"])
+    return model
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -49,11 +49,12 @@ class SampleGrid(L.Callback):
         self.interval.start(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        if self.interval.due(trainer):
+        if self.interval.due(trainer) and isinstance(pl_module, DiffusionModule):
             self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._drawn_at != trainer.global_step and not trainer.interrupted:
+        done = self._drawn_at == trainer.global_step or trainer.interrupted
+        if not done and isinstance(pl_module, DiffusionModule):
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -1,7 +1,8 @@
-"""The mathematics of diffusion: processes, parameterizations, objectives, samplers, likelihood."""
+"""The mathematics of diffusion: processes, parameterizations, objectives, samplers, guidance, likelihood."""
 
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grid import Grid, Quadratic, Spanning, Trailing, Uniform
+from diffusion_lit.diffusion.guidance import ClassifierFree, ClassifierGuidance, Guidance
 from diffusion_lit.diffusion.hybrid import Hybrid, VariationalBound
 from diffusion_lit.diffusion.noise import ImageNoise
 from diffusion_lit.diffusion.objective import DenoisingLoss, Objective
@@ -17,6 +18,8 @@ __all__ = [
     "DDIM",
     "X0",
     "Ancestral",
+    "ClassifierFree",
+    "ClassifierGuidance",
     "Cosine",
     "Denoiser",
     "DenoisingLoss",
@@ -26,6 +29,7 @@ __all__ = [
     "FixedSmall",
     "FixedVariance",
     "Grid",
+    "Guidance",
     "Hybrid",
     "ImageNoise",
     "LearnedRange",
