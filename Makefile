@@ -44,7 +44,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## train on embedded digits, sample and score: minutes on a CPU
 	@rm -rf runs/demo
-	$(RUN) fit -c configs/base.yaml -c configs/digits.yaml --trainer.accelerator cpu --trainer.devices 1 \
+	@# One thread: images this small are not worth sharing.
+	OMP_NUM_THREADS=1 $(RUN) fit -c configs/base.yaml -c configs/digits.yaml --trainer.accelerator cpu --trainer.devices 1 \
 		--trainer.default_root_dir runs/demo $(ARGS)
 
 train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto; more options by ARGS="--key value"
