@@ -42,7 +42,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train on embedded digits, sample and score: minutes on a CPU
+demo: $(READY) ## train on embedded digits, sample and score, anew each time: minutes on a CPU
 	@rm -rf runs/demo
 	@# One thread: images this small are not worth sharing.
 	OMP_NUM_THREADS=1 $(RUN) fit -c configs/base.yaml -c configs/digits.yaml --trainer.accelerator cpu --trainer.devices 1 \
@@ -52,7 +52,7 @@ train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto; more options 
 	$(RUN) fit -c configs/base.yaml -c $(CONFIG) $(DEVICES) $(ARGS)
 
 sample: $(READY) ## generate N=64 images from CKPT=...
-	$(NEEDS_CKPT)$(RUN) predict --ckpt_path $(CKPT) $(DEVICES) --num_images $(or $(N),64) $(ARGS)
+	$(NEEDS_CKPT)$(RUN) predict --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--num_images $(N)) $(ARGS)
 
 evaluate: $(READY) ## score CKPT=... by the Frechet distance over N images, the recipe's number by default
 	$(NEEDS_CKPT)$(RUN) test --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--frechet.test_num_images $(N)) $(ARGS)

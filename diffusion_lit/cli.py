@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +20,6 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.trainer.states import TrainerFn
 
 from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
@@ -117,15 +117,34 @@ def raised_by_parser(error: BaseException) -> bool:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes <run>/config.yaml when a run starts or goes on; only in fit, so that a sampled run keeps its own."""
+    """Writes <run>/config.yaml once a run has started or goes on, so that a sampled or refused one keeps its own.
+
+    The loggers' directory, which the command line has filled in, is left out: the file serves for another run too.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing yet: what is wrong with a checkpoint shows later."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            path = Path(trainer.default_root_dir) / self.config_filename
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        config = self.config.clone()
+        for init_args in logger_arguments(config.trainer):
+            init_args.save_dir = None
+        path = Path(trainer.default_root_dir) / self.config_filename
+        self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+def logger_arguments(trainer: Namespace) -> list[Namespace]:
+    """The arguments of those loggers that keep files."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    arguments = [getattr(logger, "init_args", None) for logger in loggers]
+    return [init_args for init_args in arguments if init_args is not None and "save_dir" in init_args]
 
 
 class CLI(LightningCLI):
@@ -170,10 +189,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         trainer = self.config[str(self.subcommand)].trainer
         require_devices(trainer)
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        for logger in loggers:
-            init_args = getattr(logger, "init_args", None)
-            if init_args is not None and "save_dir" in init_args and init_args.save_dir is None:
+        for init_args in logger_arguments(trainer):
+            if init_args.save_dir is None:
                 init_args.save_dir = trainer.default_root_dir
 
     def after_instantiate_classes(self) -> None:
@@ -236,6 +253,9 @@ def main(args: Sequence[str] | None = None) -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         # Advertisements would bury what a run says.
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    # Lightning 2.6 under torch 2.15, and a layout that costs nothing here.
+    for message in (".*isinstance\\(treespec, LeafSpec\\).*", "Grad strides do not match bucket view strides"):
+        warnings.filterwarnings("ignore", message=message)
     try:
         CLI(args)
     except USER_ERRORS as error:

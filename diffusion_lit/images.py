@@ -53,7 +53,8 @@ def tile(images: Tensor, columns: int | None = None, tile_size: int = 64, gap: i
     return canvas[:, : canvas.shape[1] - gap, : canvas.shape[2] - gap]
 
 
-def save_png(image: Tensor, path: Path) -> None:
+def save_png(image: Tensor, path: Path | str) -> None:
     """Writes an 8-bit (C, H, W) image as PNG, making the directory where needed."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     to_pil(image).save(path)

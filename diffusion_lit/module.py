@@ -296,7 +296,7 @@ class DiffusionModule(L.LightningModule):
             raise ValueError(
                 f"the checkpoint is of another architecture: {len(wrong)} of {len(own)} tensors differ, first {name}: "
                 f"{given.get(name, 'missing')} in the checkpoint, {own.get(name, 'missing')} in this model; "
-                "give the configuration it was trained with, or leave the model's options out to take the checkpoint's"
+                "give the model's options that it was trained with"
             )
 
     # Sampling

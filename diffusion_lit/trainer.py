@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, read_checkpoint, run_of
+from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, read_checkpoint
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
 from diffusion_lit.generation import Request, Requests, asked_labels
@@ -126,11 +126,11 @@ class Trainer(L.Trainer):
             num_images: How many images; by default as many as labels ask for, else 64.
             batch_size: Images made at once by each process.
             seed: Image i depends on the seed and i alone.
-            out: Where to; by default <run>/predictions/seed_<seed>.
+            out: Where to; by default <run>/predictions/<checkpoint>_seed_<seed>, whose earlier images are replaced.
             npz: Whether to write all images as one .npz too.
             labels: Classes, such as 3,3,7: image i shows the i-th, and after the last the first again. By default, of a
                 model with classes, image i shows class i modulo their number.
-            per_class: Instead of labels, so many images of every class, class by class.
+            per_class: Instead of labels, so many images of every class, class by class; the grid has one row a class.
 
         Raises:
             ValueError: If a number is out of range, the model has no such class or `out` cannot be written to.
@@ -142,13 +142,15 @@ class Trainer(L.Trainer):
         if num_images is None:
             num_images = 64 if asked is None else len(asked)
         requests = Requests(num_images, batch_size, asked)
-        run_dir = Path(self.default_root_dir) if ckpt_path is None else run_of(ckpt_path)
-        directory = Path(out) if out is not None else run_dir / "predictions" / f"seed_{seed}"
+        source = "" if ckpt_path is None else f"{Path(ckpt_path).stem}_"
+        default = Path(self.default_root_dir) / "predictions" / f"{source}seed_{seed}"
+        directory = Path(out) if out is not None else default
         if self.is_global_zero:
             require_writable(directory)
+            make_room(directory, mine=out is None)
         if isinstance(model, DiffusionModule):
             model.generation_seed = seed
-        writer = ImageWriter(directory, requests, npz)
+        writer = ImageWriter(directory, requests, npz, columns=per_class)
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         try:
             super().predict(
@@ -178,6 +180,23 @@ class Generation(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Request]:
         trainer = cast(L.Trainer, self.trainer)
         return self.requests.loader(trainer.global_rank, trainer.world_size)
+
+
+def make_room(directory: Path, mine: bool) -> None:
+    """Sees to it that images of two predictions never mix.
+
+    Args:
+        directory: Where images are to go.
+        mine: Whether images there may be removed; else they are an error.
+
+    Raises:
+        ValueError: If there are images that may not be removed.
+    """
+    there = sorted(directory.glob("[0-9]" * 6 + ".png"))
+    if there and not mine:
+        raise ValueError(f"{directory} holds {len(there)} images already; choose another directory with --out")
+    for path in there:
+        path.unlink()
 
 
 def require_writable(directory: Path) -> None:

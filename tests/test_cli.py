@@ -120,7 +120,7 @@ def test_another_seed_makes_another_run(run_dir: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_alone_is_enough_to_sample(checkpoint: str, run_dir: Path) -> None:
     cli.main(["predict", "--ckpt_path", checkpoint, *CPU, *QUIET, "--num_images", "3", "--batch_size", "2"])
-    out = run_dir / "predictions" / "seed_0"
+    out = run_dir / "predictions" / "last_seed_0"
     assert {path.name for path in out.iterdir()} == {
         *("000000.png", "000001.png", "000002.png"),
         *("grid.png", "images.npz"),
@@ -162,7 +162,7 @@ def test_a_path_given_with_an_equals_sign_and_a_moved_checkpoint_work_too(checkp
     moved.parent.mkdir()
     moved.write_bytes(Path(checkpoint).read_bytes())
     cli.main(["predict", f"--ckpt_path={moved}", *CPU, *QUIET, "--num_images", "1", "--batch_size", "1"])
-    assert (moved.parent / "predictions" / "seed_0" / "000000.png").is_file()
+    assert (moved.parent / "predictions" / "mine_seed_0" / "000000.png").is_file()
 
 
 def test_a_loaded_model_holds_the_averaged_weights_in_eval_mode(checkpoint: str) -> None:
@@ -436,3 +436,42 @@ def test_the_module_is_a_program(repository: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "diffusion_lit: error: ckpt_path=nowhere.ckpt: there is no such file\n"
+
+
+def test_images_of_two_predictions_never_mix(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "predict",
+        "--ckpt_path",
+        checkpoint,
+        *CPU,
+        *QUIET,
+        "--batch_size",
+        "1",
+        "--model.sampler.init_args.steps",
+        "1",
+    ]
+    root = ["--trainer.default_root_dir", str(tmp_path)]
+    for count in ("3", "1"):
+        cli.main([*args, *root, "--num_images", count])
+    (directory,) = (tmp_path / "predictions").iterdir()
+    assert [path.name for path in sorted(directory.glob("0*.png"))] == ["000000.png"]
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--num_images", "1", "--out", str(directory)])
+    assert "holds 1 images already" in capsys.readouterr().err.splitlines()[-1]
+    assert (directory / "000000.png").is_file()
+
+
+def test_a_run_s_configuration_serves_for_another_run(run_dir: Path, tmp_path: Path) -> None:
+    cli.main(["fit", "-c", str(run_dir / "config.yaml"), *CPU, "--trainer.default_root_dir", str(tmp_path / "other")])
+    assert (tmp_path / "other" / "config.yaml").is_file()
+    assert (tmp_path / "other" / "csv").is_dir()
+
+
+def test_a_refused_run_leaves_the_configuration_of_the_run_before(run_dir: Path) -> None:
+    before = (run_dir / "config.yaml").read_text()
+    network = "--model.network.init_args.num_blocks"
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "-c", str(run_dir / "config.yaml"), *CPU, "--ckpt_path", "last", network, "2"])
+    assert (run_dir / "config.yaml").read_text() == before

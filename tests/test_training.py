@@ -279,7 +279,7 @@ def test_every_stage_but_fit_takes_the_weights_asked_for(run_dir: Path, tmp_path
     }
     for weights, state in expected.items():
         model = tiny.module()
-        more = {"num_images": 1, "batch_size": 1, "out": str(tmp_path)} if stage == "predict" else {}
+        more = {"num_images": 1, "batch_size": 1, "out": str(tmp_path / weights)} if stage == "predict" else {}
         trainer = tiny.trainer(tmp_path, callbacks=[Checkpoints()], logger=False, limit_test_batches=1)
         data = None if stage == "predict" else tiny.data()
         getattr(trainer, stage)(model, data, ckpt_path=str(last(run_dir)), weights=weights, **more)
@@ -339,7 +339,7 @@ def test_training_works_without_averages(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, callbacks=[Checkpoints()], logger=False)
     trainer.predict(tiny.module(), ckpt_path=str(last(whole)), num_images=1, batch_size=1, out=str(tmp_path))
     with pytest.raises(ValueError, match=r"it has \['averaged', 'raw'\]"):
-        trainer.predict(tiny.module(), ckpt_path=str(last(whole)), weights="0.9", out=str(tmp_path))
+        trainer.predict(tiny.module(), ckpt_path=str(last(whole)), weights="0.9", out=str(tmp_path / "again"))
 
 
 # Steps

@@ -19,7 +19,7 @@ from diffusion_lit.diffusion import Sampler
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
-from diffusion_lit.metrics.features import Inception, as_extractor
+from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor
 from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
 from diffusion_lit.metrics.reference import Reference, WrongImageCount, cache_path, cached_reference, compute_reference
 from diffusion_lit.module import DiffusionModule
@@ -51,7 +51,7 @@ class Frechet(L.Callback):
 
     def __init__(
         self,
-        extractor: nn.Module = Inception(),
+        extractor: FeatureExtractor | nn.Module = Inception(),
         every_n_steps: int | None = None,
         num_images: int = 10_000,
         test_num_images: int = 50_000,
@@ -197,8 +197,16 @@ class Frechet(L.Callback):
             pl_module.log(self.name, value, sync_dist=False, rank_zero_only=False)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "scored_at": self._scored_at}
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "scored_at": self._scored_at,
+            "score": [self.name, self.requests.num_images, self.seed],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("score") != self.state_dict()["score"]:
+            # Another kind of score: its best says nothing of this one's.
+            return
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
         self._scored_at = state_dict["scored_at"]

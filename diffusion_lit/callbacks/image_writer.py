@@ -14,25 +14,27 @@ from diffusion_lit.generation import Requests
 from diffusion_lit.images import save_png, tile, to_pil
 from diffusion_lit.module import DiffusionModule, Generated
 
-GRID = 64
+GRID = 100
 
 
 class ImageWriter(L.Callback):
     """Image i becomes <directory>/<i>.png, written by the process that made it; a label is kept inside the file.
 
     At the end the first process gathers them: `images.npz` in the form that OpenAI's evaluator reads (arr_0 uint8
-    (N, H, W, C), arr_1 labels where there are any) and `grid.png` of the first 64.
+    (N, H, W, C), arr_1 labels where there are any) and `grid.png` of the first 100.
 
     Args:
         directory: Where to; made if it is not there.
         requests: What is generated.
         npz: Whether to write the .npz file.
+        columns: Of the grid; as square as may be by default.
     """
 
-    def __init__(self, directory: Path, requests: Requests, npz: bool = True) -> None:
+    def __init__(self, directory: Path, requests: Requests, npz: bool = True, columns: int | None = None) -> None:
         self.directory = directory
         self.requests = requests
         self.npz = npz
+        self.columns = columns
         self._bar: Any = None
 
     def path(self, index: int) -> Path:
@@ -77,7 +79,8 @@ class ImageWriter(L.Callback):
                 if not self.npz and len(images) == GRID:
                     break
         stacked = np.stack(images)
-        save_png(tile(torch.from_numpy(stacked[:GRID].transpose(0, 3, 1, 2).copy())), self.directory / "grid.png")
+        shown = torch.from_numpy(stacked[:GRID].transpose(0, 3, 1, 2).copy())
+        save_png(tile(shown, self.columns), self.directory / "grid.png")
         made = f"{self.requests.num_images} images and grid.png"
         if self.npz:
             arrays = {"arr_0": stacked}

@@ -19,16 +19,18 @@ class Plots(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Not at the end of training: other callbacks have a last value to log then."""
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.save()
-            run_dir = Path(trainer.default_root_dir)
-            plot_run(run_dir)
-            rank_zero_info("\n".join(closing_words(run_dir)))
+        self._plot(trainer)
+        rank_zero_info("\n".join(closing_words(Path(trainer.default_root_dir))))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self.on_fit_end(trainer, pl_module)
+            self._plot(trainer)
+
+    def _plot(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()
+            plot_run(Path(trainer.default_root_dir))
 
 
 def closing_words(run_dir: Path) -> list[str]:
