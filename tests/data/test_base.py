@@ -1,4 +1,3 @@
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -150,7 +149,6 @@ def test_validation_in_a_fit_holds_every_image_once_as_it_is() -> None:
     assert sorted(module.validated) == list(range(17))
 
 
-@pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") != "1", reason="a forked child hangs in OpenMP threads")
 def test_two_processes_together_train_on_the_batches_of_one_and_validate_every_image_once(
     tmp_path: Path,
 ) -> None:
