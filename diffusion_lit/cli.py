@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -30,6 +31,8 @@ from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
 CARRIED = ("seed_everything", "model", "data", "ema", "sample_grid", "frechet", "checkpoints")
+TOOLS: dict[str, str] = {}
+"""Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
 
 
@@ -250,6 +253,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Set DIFFUSION_LIT_TRACEBACK=1 to see the traceback instead.
     """
+    given = sys.argv[1:] if args is None else list(args)
+    tool = TOOLS.get(given[0]) if given else None
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         # Advertisements would bury what a run says.
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
@@ -257,7 +262,10 @@ def main(args: Sequence[str] | None = None) -> None:
     for message in (".*isinstance\\(treespec, LeafSpec\\).*", "Grad strides do not match bucket view strides"):
         warnings.filterwarnings("ignore", message=message)
     try:
-        CLI(args)
+        if tool is None:
+            CLI(given)
+        else:
+            import_module(tool).main(given[1:])
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise
