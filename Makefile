@@ -54,8 +54,8 @@ train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto; more options 
 sample: $(READY) ## generate N=64 images from CKPT=...
 	$(NEEDS_CKPT)$(RUN) predict --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--num_images $(N)) $(ARGS)
 
-evaluate: $(READY) ## score CKPT=... by the Frechet distance over N images, the recipe's number by default
-	$(NEEDS_CKPT)$(RUN) test --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--frechet.test_num_images $(N)) $(ARGS)
+evaluate: $(READY) ## score CKPT=... over N images, the recipe's number by default
+	$(NEEDS_CKPT)$(RUN) test --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--evaluation.num_images $(N)) $(ARGS)
 
 table-guidance: $(READY) ## score CKPT=... at several guidance scales: a table and a plot
 	$(NEEDS_CKPT)$(BIN)/python -m diffusion_lit.methods.guidance_table $(CKPT) $(if $(N),--num_images $(N)) $(ARGS)

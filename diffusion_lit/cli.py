@@ -23,14 +23,34 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
-from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
+from diffusion_lit.callbacks import (
+    EMA,
+    Checkpoints,
+    Evaluation,
+    Frechet,
+    Likelihood,
+    Plots,
+    ProgressBar,
+    SampleGrid,
+    Scalars,
+)
 from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
-from diffusion_lit.methods import classifier_guidance
+from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
-CARRIED = ("seed_everything", "model", "data", "ema", "sample_grid", "frechet", "checkpoints")
+CARRIED = (
+    "seed_everything",
+    "model",
+    "data",
+    "ema",
+    "sample_grid",
+    "frechet",
+    "evaluation",
+    "likelihood",
+    "checkpoints",
+)
 TOOLS: dict[str, str] = {}
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
@@ -61,7 +81,7 @@ def known_names(parser: ArgumentParser) -> set[str]:
         names.update(action.dest.split("."))
         for subparser in (action.choices if isinstance(action.choices, dict) else {}).values():
             names |= known_names(subparser)
-    for room in (callbacks, data, diffusion, loggers, metrics, networks, classifier_guidance):
+    for room in (callbacks, data, diffusion, loggers, metrics, networks, classifier_guidance, feature_network):
         for part in vars(room).values():
             if inspect.isclass(part):
                 names.update(inspect.signature(part.__init__).parameters)
@@ -173,11 +193,15 @@ class CLI(LightningCLI):
             (EMA, "ema"),
             (SampleGrid, "sample_grid"),
             (Frechet, "frechet"),
+            (Evaluation, "evaluation"),
+            (Likelihood, "likelihood"),
             (Checkpoints, "checkpoints"),
         ):
             parser.add_lightning_class_args(callback, section)
         for target in ("model.init_args.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
+        for name in ("extractor", "reference", "cache_dir"):
+            parser.link_arguments(f"frechet.{name}", f"evaluation.{name}")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

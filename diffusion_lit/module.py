@@ -117,6 +117,8 @@ class DiffusionModule(L.LightningModule):
         self.averages: WeightAverages | None = None
         self.restored_averages: dict[str, Any] | None = None
         self.load_weights = AVERAGED
+        self.loaded_weights = RAW
+        self.loaded_step: int | None = None
         self.generation_seed = 0
         self.config: dict[str, Any] = {}
         self.gradient_norm: Tensor | None = None
@@ -248,6 +250,11 @@ class DiffusionModule(L.LightningModule):
             raise ValueError(f"weights={name!r} are not averaged; there are {[str(d) for d in self.averages.decays]}")
         return self.averages.swapped(self, name)
 
+    @property
+    def weights_name(self) -> str:
+        """Which weights the module holds: "raw", or the decay of their average, as a string."""
+        return (self.loaded_weights if self.averages is None else self.averages.in_place) or RAW
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`state_dict` becomes the primary average, which is what a reader of weights wants; the raw weights, from
         which training goes on, and further averages stand beside it.
@@ -286,6 +293,9 @@ class DiffusionModule(L.LightningModule):
         if self.load_weights not in choices:
             raise ValueError(f"weights={self.load_weights!r} are not in the checkpoint; it has {sorted(choices)}")
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **choices[self.load_weights]}
+        self.loaded_step = checkpoint.get("global_step")
+        averaged = self.load_weights == AVERAGED
+        self.loaded_weights = checkpoint.get("weights", RAW) if averaged else self.load_weights
 
     def _check_fits(self, state: dict[str, Tensor]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
@@ -302,7 +312,7 @@ class DiffusionModule(L.LightningModule):
     # Sampling
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Eval mode, no gradients and the trainer's precision; what was is restored."""
         modes = [(m, m.training) for m in self.modules()]
         precision = nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
@@ -351,7 +361,7 @@ class DiffusionModule(L.LightningModule):
         """
         noise = ImageNoise(seed, indices, self.image_shape, self.device)
         denoise = self.bind(self.default_condition(indices) if condition is None else condition)
-        with self._evaluating():
+        with self.evaluating():
             return (sampler or self.sampler)(
                 denoise, noise.draw(), self.process, noise.draw, on_step or self.on_sampling_step
             )
@@ -368,7 +378,7 @@ class DiffusionModule(L.LightningModule):
             sampler: Gives the grid.
             condition: Passed to the network.
         """
-        with self._evaluating():
+        with self.evaluating():
             return sampler.encode(self.bind(condition or {}), images.to(self.device), self.process)
 
     def decode(self, noise: Tensor, sampler: DDIM, condition: Condition | None = None) -> Tensor:
@@ -380,7 +390,7 @@ class DiffusionModule(L.LightningModule):
         if sampler.eta != 0:
             raise ValueError(f"decode: eta={sampler.eta} would add noise of its own; use eta=0")
         noise = noise.to(self.device)
-        with self._evaluating():
+        with self.evaluating():
             return sampler(self.bind(condition or {}), noise, self.process, lambda: torch.zeros_like(noise))
 
     def predict_step(self, batch: Request, batch_idx: int) -> Generated:

@@ -27,7 +27,7 @@ QUIET = ["--trainer.enable_progress_bar", "false"]
 AVERAGES = ["--ema.decays", "[0.9, 0.5]", "--ema.warmup", "false"]
 SMALL = [
     *("--model.network.init_args.width", "16", "--model.network.init_args.num_groups", "8"),
-    *("--frechet.num_images", "4", "--frechet.test_num_images", "6", "--frechet.batch_size", "4"),
+    *("--frechet.num_images", "4", "--evaluation.num_images", "6", "--frechet.batch_size", "4"),
     *("--sample_grid.num_images", "2", "--sample_grid.sampler.init_args.steps", "2"),
     *("--model.sampler.init_args.steps", "3", "--data.init_args.batch_size", "16"),
 ]

@@ -129,6 +129,9 @@ def test_overlays_hold_only_what_differs_from_the_base() -> None:
 def test_while_training_a_score_uses_fewer_images_than_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate("cifar10", monkeypatch)
     [frechet] = [c for c in callbacks_of(made) if type(c).__name__ == "Frechet"]
-    assert (frechet.requests.num_images, frechet.test_requests.num_images) == (10_000, 50_000)
+    [evaluation] = [c for c in callbacks_of(made) if type(c).__name__ == "Evaluation"]
+    assert (frechet.requests.num_images, evaluation.requests.num_images) == (10_000, 50_000)
     assert isinstance(frechet.sampler, DDIM)
+    assert evaluation.sampler is None
+    assert type(evaluation.extractor) is type(frechet.extractor)
     assert frechet.name == "fid"

@@ -12,16 +12,19 @@ BELOW: dict[str, set[str]] = {
     "diffusion": {"types", "images"},
     "networks": {"types", "images"},
     "data": {"types", "images"},
-    "metrics": {"types", "images"},
+    "metrics": {"types", "images", "records"},
+    "records": set(),
     "generation": {"types"},
     "averaging": {"types"},
     "loggers": set(),
     "module": {"types", "images", "diffusion", "averaging", "generation"},
     "callbacks": {
         "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module",
+        "records",
     },
     "trainer": {
         "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module", "callbacks",
+        "records",
     },
 }  # fmt: skip
 ABOVE_ALL = {"cli", "__main__"}

@@ -358,6 +358,15 @@ class ImageData(L.LightningDataModule, ABC):
         for batch in self._loader(split, sampler, keep_workers=False):
             yield batch["image"]
 
+    def some(self, indices: Sequence[int], split: Split = "train") -> Batch:
+        """Images of a part by number, as stored: `image` uint8 (B, C, H, W), and `label` where there are classes.
+
+        Where unreadable images are left out, B is smaller.
+        """
+        images = self.dataset(split)
+        batches = Batches(images, training=False, unreadable=self._unreadable.get(split))
+        return batches.__getitems__([(index, False) for index in indices])
+
     def num_images(self, split: Split = "train", rank: int = 0, world_size: int = 1) -> int:
         """Readable images in a process's share of a part: what `reference_batches` has yielded at its end.
 
