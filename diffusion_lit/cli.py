@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test and predict."""
+"""The command line: fit, validate, test, predict and table."""
 
 import argparse
 import inspect
@@ -22,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
+from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks, tables
 from diffusion_lit.callbacks import (
     EMA,
     Checkpoints,
@@ -81,7 +81,7 @@ def known_names(parser: ArgumentParser) -> set[str]:
         names.update(action.dest.split("."))
         for subparser in (action.choices if isinstance(action.choices, dict) else {}).values():
             names |= known_names(subparser)
-    for room in (callbacks, data, diffusion, loggers, metrics, networks, classifier_guidance, feature_network):
+    for room in (callbacks, data, diffusion, loggers, metrics, networks, tables, classifier_guidance, feature_network):
         for part in vars(room).values():
             if inspect.isclass(part):
                 names.update(inspect.signature(part.__init__).parameters)
@@ -116,7 +116,7 @@ def nearest_part(text: str) -> str:
     given = missing[1] or missing[2]
     parts = {
         name: f"{room.__name__}.{name}"
-        for room in (callbacks, data, diffusion, loggers, metrics, networks)
+        for room in (callbacks, data, diffusion, loggers, metrics, networks, tables)
         for name, part in vars(room).items()
         if inspect.isclass(part) and part.__module__.startswith("diffusion_lit.")
     }
@@ -205,7 +205,7 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict")}
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "table")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(with_checkpoint_config(sys.argv[1:] if args is None else args))
@@ -237,7 +237,7 @@ def with_checkpoint_config(args: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     path = parser.parse_known_args(args)[0].ckpt_path
-    if not args or args[0] not in ("validate", "test", "predict") or path is None:
+    if not args or args[0] not in ("validate", "test", "predict", "table") or path is None:
         return args
     config = dict(read_checkpoint(path).get("config") or {})
     if "model" not in config and not any(arg.startswith(("-c", "--config", "--model")) for arg in args):

@@ -1,4 +1,4 @@
-"""The Trainer behind the command line: what fit, validate, test and predict take and check."""
+"""The Trainer behind the command line: what fit, validate, test, predict and table take and check."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,13 @@ from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from diffusion_lit.callbacks import Evaluation, Likelihood
 from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, read_checkpoint
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
 from diffusion_lit.generation import Request, Requests, asked_labels
 from diffusion_lit.module import AVERAGED, DiffusionModule
+from diffusion_lit.tables import DDIMTable, Table, Tabulator
 
 LAST = "last"
 
@@ -91,7 +93,7 @@ class Trainer(L.Trainer):
         ckpt_path: str | None = None,
         weights: str = AVERAGED,
     ) -> Any:
-        """Computes the loss over the test images, and the Fréchet distance of generated images to the training set.
+        """Computes the loss over the test images and what `evaluation` and `likelihood` ask for.
 
         Args:
             model: The model.
@@ -158,6 +160,39 @@ class Trainer(L.Trainer):
             )
         finally:
             self.callbacks.remove(writer)  # type: ignore[attr-defined]
+
+    def table(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights: str = AVERAGED,
+        table: Table = DDIMTable(),
+    ) -> None:
+        """Fills a table of scores: <run>/table_<name>.md, .csv and .png. What is done already is not done again.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: The checkpoint to look at.
+            weights: "averaged", "raw", or the decay of a further average.
+            table: Over what: samplers (DDIMTable), averages (AverageTable) or training steps (StepTable).
+
+        Raises:
+            ValueError: If there is no checkpoint, or nothing to fill the table with.
+        """
+        if ckpt_path is None:
+            raise ValueError("table: give --ckpt_path CHECKPOINT")
+        self._choose(model, ckpt_path, weights)
+        callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
+        [evaluation] = [callback for callback in callbacks if isinstance(callback, Evaluation)]
+        tabulator = Tabulator(evaluation, table, Path(ckpt_path))
+        kept = list(callbacks)
+        callbacks[:] = [c for c in kept if not isinstance(c, Evaluation | Likelihood)] + [tabulator]
+        try:
+            super().test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+        finally:
+            callbacks[:] = kept
 
     def _choose(self, model: L.LightningModule, ckpt_path: str | None, weights: str) -> None:
         if ckpt_path is not None:

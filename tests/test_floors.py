@@ -22,9 +22,13 @@ BELOW: dict[str, set[str]] = {
         "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module",
         "records",
     },
-    "trainer": {
+    "tables": {
         "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module", "callbacks",
         "records",
+    },
+    "trainer": {
+        "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module", "callbacks",
+        "records", "tables",
     },
 }  # fmt: skip
 ABOVE_ALL = {"cli", "__main__"}

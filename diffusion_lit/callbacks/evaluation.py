@@ -29,7 +29,7 @@ from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.metrics.reference import Reference
 from diffusion_lit.metrics.scores import FrechetDistance, Score
 from diffusion_lit.module import DiffusionModule
-from diffusion_lit.records import RESULTS, append_record, describe, device_name, digest, key_of
+from diffusion_lit.records import RESULTS, append_record, describe, device_name, digest, key_of, read_records
 
 FOLDER = "evaluation"
 PACKAGES = ("diffusion-lit", "torch", "lightning", "torch-fidelity", "numpy")
@@ -146,18 +146,26 @@ class Evaluation(L.Callback):
             "extractors": [extractor.fingerprint() for extractor in self.used],
         }
 
-    def evaluate(self, trainer: L.Trainer, module: DiffusionModule, sampler: Sampler | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        trainer: L.Trainer,
+        module: DiffusionModule,
+        sampler: Sampler | None = None,
+        checkpoint: Path | str | None = None,
+    ) -> dict[str, Any]:
         """Scores the averaged weights, or those that the module holds, and writes the result down; collective.
 
         Args:
             trainer: Whose processes take part.
             module: The model.
             sampler: Another than the one configured.
+            checkpoint: Where the weights are from, if not from the trainer's.
 
         Returns:
             The record, the same on every process; its "scores" are the values by name.
         """
         sampler = sampler or self.sampler or module.sampler
+        source = checkpoint or trainer.ckpt_path
         start = time.perf_counter()
         with module.averaged_weights():
             key = self.key(trainer, module, sampler)
@@ -174,17 +182,14 @@ class Evaluation(L.Callback):
                 "what": "images",
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "scores": scores,
-                "num_images": self.requests.num_images,
-                "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+                "checkpoint": None if source is None else str(source),
                 "step": trainer.global_step if trainer.training else module.loaded_step,
                 "weights_name": name,
                 **key,
                 "evaluations": int(columns["evaluations"].max()),
                 "process_seconds": round(float(columns["seconds"].sum()), 3),
                 "seconds": round(time.perf_counter() - start, 3),
-                "scores_of": [describe_score(score) for score in self.scores],
-                "references": [of_reference(gaussian) for gaussian in gaussians.values()],
-                "num_real": {name: len(real) for name, real in features.items()},
+                **self._compared(gaussians),
                 **circumstances(trainer, module),
             }
             append_record(Path(trainer.default_root_dir) / RESULTS, record)
@@ -196,6 +201,28 @@ class Evaluation(L.Callback):
             raise RuntimeError("the first process sent no result")
         rank_zero_info(f"{Path(trainer.default_root_dir) / RESULTS}: {summary(record)}")
         return record
+
+    def _compared(self, gaussians: Mapping[str, Reference]) -> dict[str, Any]:
+        """What scores depend on beside the features of generated images."""
+        return {
+            "num_images": self.requests.num_images,
+            "scores_of": [describe_score(score) for score in self.scores],
+            "references": [of_reference(gaussian) for gaussian in gaussians.values()],
+            "num_real": self.num_real if any(score.against == "features" for score in self.scores) else None,
+        }
+
+    def known(self, trainer: L.Trainer, module: DiffusionModule, sampler: Sampler) -> dict[str, Any] | None:
+        """The newest record of the run that is of the same in every respect, if there is one; collective."""
+        gaussians, _ = self._real(trainer, module.device, only_gaussians=True)
+        with module.averaged_weights():
+            wanted = {**self.key(trainer, module, sampler), **self._compared(gaussians)}
+
+        def find() -> dict[str, Any] | None:
+            records: list[dict[str, Any]] = read_records(Path(trainer.default_root_dir) / RESULTS)
+            of_same = [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
+            return of_same[-1] if of_same else None
+
+        return on_first(trainer, find)
 
     def _generate(self, trainer: L.Trainer, module: DiffusionModule, sampler: Sampler, partial: PartialResults) -> None:
         for extractor in self.used:
@@ -222,7 +249,9 @@ class Evaluation(L.Callback):
                 partial.save(number, tensors)
         trainer.strategy.barrier("evaluation")
 
-    def _real(self, trainer: L.Trainer, device: torch.device) -> tuple[dict[str, Reference], dict[str, Tensor]]:
+    def _real(
+        self, trainer: L.Trainer, device: torch.device, only_gaussians: bool = False
+    ) -> tuple[dict[str, Reference], dict[str, Tensor]]:
         """What the scores compare with, by the extractor's name."""
         gaussians, features = {}, {}
         for score in self.scores:
@@ -230,7 +259,7 @@ class Evaluation(L.Callback):
             real = self.real[id(extractor)]
             if score.against == "gaussian":
                 gaussians[extractor.name] = real.gaussian(trainer, device)
-            elif score.against == "features" and extractor.name not in features:
+            elif score.against == "features" and extractor.name not in features and not only_gaussians:
                 features[extractor.name] = real.features(trainer, device, self.num_real)
         return gaussians, features
 
