@@ -16,7 +16,7 @@ class Grid(ABC):
     """A rule that chooses S of T times."""
 
     @abstractmethod
-    def positions(self, steps: int, num_steps: int) -> Tensor:
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
         """S rising positions in the papers' indices 0 .. T - 1, float64, before rounding down."""
 
     def __call__(self, steps: int, process: DiscreteProcess) -> Tensor:
@@ -35,7 +35,7 @@ class Grid(ABC):
                 f"sampler.steps={steps} must lie in 1 .. {total}, the steps of the process; "
                 f"set --model.sampler.init_args.steps to at most {total}"
             )
-        wanted = self.positions(steps, total).floor().long().tolist()
+        wanted = self.positions(steps, process).floor().long().tolist()
         indices: list[int] = []
         for i, index in enumerate(wanted):
             lowest = indices[-1] + 1 if indices else 0
@@ -47,8 +47,8 @@ class Grid(ABC):
 class Uniform(Grid):
     """Every (T/S)-th time, from the first. Source: Song et al. 2021 (DDIM), appendix D.2."""
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
-        return torch.arange(steps, dtype=torch.float64) * num_steps / steps
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        return torch.arange(steps, dtype=torch.float64) * process.num_steps / steps
 
 
 class Quadratic(Grid):
@@ -57,9 +57,9 @@ class Quadratic(Grid):
     The DDIM paper's choice for CIFAR-10. Source: Song et al. 2021 (DDIM), appendix D.2, and its code.
     """
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
         # The square of a rounded root may fall just short of a whole number, which flooring would lose.
-        return torch.linspace(0, (0.8 * num_steps) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
+        return torch.linspace(0, (0.8 * process.num_steps) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
 
 
 class Spanning(Grid):
@@ -68,8 +68,8 @@ class Spanning(Grid):
     Source: Nichol & Dhariwal 2021, section 4.
     """
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
-        return torch.linspace(0, num_steps - 1, steps, dtype=torch.float64).round()
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        return torch.linspace(0, process.num_steps - 1, steps, dtype=torch.float64).round()
 
 
 class Trailing(Grid):
@@ -78,5 +78,5 @@ class Trailing(Grid):
     Source: Lin et al. 2024, table 2.
     """
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
-        return (torch.arange(1, steps + 1, dtype=torch.float64) * num_steps / steps).round() - 1
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        return (torch.arange(1, steps + 1, dtype=torch.float64) * process.num_steps / steps).round() - 1
