@@ -4,6 +4,7 @@ A grid of S steps holds S + 1 times, t_S > ... > t_1 > t_0 = 0. It visits exactl
 any 1 <= S <= T: where a paper's rule rounds two times to one, the later moves up to the next free entry.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -80,3 +81,64 @@ class Trailing(Grid):
 
     def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
         return (torch.arange(1, steps + 1, dtype=torch.float64) * process.num_steps / steps).round() - 1
+
+
+class LogSNR(Grid):
+    """Evenly spaced in lambda = log(alpha / sigma), from the first time to the last.
+
+    Args:
+        lambda_min: Where to begin at the least, for schedules that end in nearly pure noise: there, lambda falls far in
+            few times. The authors begin where the cosine schedule has -4.8; diffusers recommends -5.1.
+
+    Source: Lu et al. 2022 (DPM-Solver), section 3.4 and appendix D.4.
+    """
+
+    def __init__(self, lambda_min: float = -5.1) -> None:
+        self.lambda_min = lambda_min
+
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        least, most = half_log_snr_range(process)
+        return entries_at(torch.linspace(max(self.lambda_min, least), most, steps, dtype=torch.float64), process)
+
+
+class Karras(Grid):
+    """Evenly spaced in the rho-th root of sigma / alpha, between bounds that the process may narrow.
+
+    Args:
+        sigma_min: The least sigma / alpha.
+        sigma_max: The largest.
+        rho: 1 spaces evenly; the larger, the denser near clean data.
+
+    Raises:
+        ValueError: If not 0 < sigma_min < sigma_max, or rho is not positive.
+
+    Source: Karras et al. 2022 (EDM), eq. 5 and table 1.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
+        if not 0 < sigma_min < sigma_max or rho <= 0:
+            raise ValueError(
+                f"grid: 0 < sigma_min={sigma_min} < sigma_max={sigma_max} and rho={rho} > 0 must hold; "
+                "the paper has 0.002, 80 and 7"
+            )
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.rho = rho
+
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        least, most = half_log_snr_range(process)
+        largest, smallest = min(self.sigma_max, math.exp(-least)), max(self.sigma_min, math.exp(-most))
+        roots = torch.linspace(largest ** (1 / self.rho), smallest ** (1 / self.rho), steps, dtype=torch.float64)
+        return entries_at(-self.rho * roots.log(), process)
+
+
+def half_log_snr_range(process: DiscreteProcess) -> tuple[float, float]:
+    """Lambda = log(alpha / sigma) at the last time and at the first above 0."""
+    ends = torch.tensor([1, 1 / process.num_steps], dtype=torch.float64)
+    least, most = (process.log_snr(ends) / 2).tolist()
+    return least, most
+
+
+def entries_at(half_log_snr: Tensor, process: DiscreteProcess) -> Tensor:
+    """The papers' indices nearest to values of lambda that rise, in rising order."""
+    return (process.time_at(2 * half_log_snr) * process.num_steps).round().flip(0) - 1
