@@ -44,4 +44,4 @@ DenoiseFn: TypeAlias = Callable[[Tensor, Tensor], Prediction]
 """(x_t, t) -> Prediction: a denoiser with its condition, and its guidance if any, already bound."""
 
 StepFn: TypeAlias = Callable[[int, int], None]
-"""(steps done, steps in all): called after every network evaluation, for progress bars."""
+"""(steps done, steps in all): called after every step, which is one network evaluation or two, for progress bars."""

@@ -4,6 +4,7 @@ A grid of S steps holds S + 1 times, t_S > ... > t_1 > t_0 = 0. It visits exactl
 any 1 <= S <= T: where a paper's rule rounds two times to one, the later moves up to the next free entry.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -16,7 +17,7 @@ class Grid(ABC):
     """A rule that chooses S of T times."""
 
     @abstractmethod
-    def positions(self, steps: int, num_steps: int) -> Tensor:
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
         """S rising positions in the papers' indices 0 .. T - 1, float64, before rounding down."""
 
     def __call__(self, steps: int, process: DiscreteProcess) -> Tensor:
@@ -35,7 +36,7 @@ class Grid(ABC):
                 f"sampler.steps={steps} must lie in 1 .. {total}, the steps of the process; "
                 f"set --model.sampler.init_args.steps to at most {total}"
             )
-        wanted = self.positions(steps, total).floor().long().tolist()
+        wanted = self.positions(steps, process).floor().long().tolist()
         indices: list[int] = []
         for i, index in enumerate(wanted):
             lowest = indices[-1] + 1 if indices else 0
@@ -47,8 +48,8 @@ class Grid(ABC):
 class Uniform(Grid):
     """Every (T/S)-th time, from the first. Source: Song et al. 2021 (DDIM), appendix D.2."""
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
-        return torch.arange(steps, dtype=torch.float64) * num_steps / steps
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        return torch.arange(steps, dtype=torch.float64) * process.num_steps / steps
 
 
 class Quadratic(Grid):
@@ -57,9 +58,9 @@ class Quadratic(Grid):
     The DDIM paper's choice for CIFAR-10. Source: Song et al. 2021 (DDIM), appendix D.2, and its code.
     """
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
         # The square of a rounded root may fall just short of a whole number, which flooring would lose.
-        return torch.linspace(0, (0.8 * num_steps) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
+        return torch.linspace(0, (0.8 * process.num_steps) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
 
 
 class Spanning(Grid):
@@ -68,8 +69,8 @@ class Spanning(Grid):
     Source: Nichol & Dhariwal 2021, section 4.
     """
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
-        return torch.linspace(0, num_steps - 1, steps, dtype=torch.float64).round()
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        return torch.linspace(0, process.num_steps - 1, steps, dtype=torch.float64).round()
 
 
 class Trailing(Grid):
@@ -78,5 +79,66 @@ class Trailing(Grid):
     Source: Lin et al. 2024, table 2.
     """
 
-    def positions(self, steps: int, num_steps: int) -> Tensor:
-        return (torch.arange(1, steps + 1, dtype=torch.float64) * num_steps / steps).round() - 1
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        return (torch.arange(1, steps + 1, dtype=torch.float64) * process.num_steps / steps).round() - 1
+
+
+class LogSNR(Grid):
+    """Evenly spaced in lambda = log(alpha / sigma), from the first time to the last.
+
+    Args:
+        lambda_min: Where to begin at the least, for schedules that end in nearly pure noise: there, lambda falls far in
+            few times. The authors begin where the cosine schedule has -4.8; diffusers recommends -5.1.
+
+    Source: Lu et al. 2022 (DPM-Solver), section 3.4 and appendix D.4.
+    """
+
+    def __init__(self, lambda_min: float = -5.1) -> None:
+        self.lambda_min = lambda_min
+
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        least, most = half_log_snr_range(process)
+        return entries_at(torch.linspace(max(self.lambda_min, least), most, steps, dtype=torch.float64), process)
+
+
+class Karras(Grid):
+    """Evenly spaced in the rho-th root of sigma / alpha, between bounds that the process may narrow.
+
+    Args:
+        sigma_min: The least sigma / alpha.
+        sigma_max: The largest.
+        rho: 1 spaces evenly; the larger, the denser near clean data.
+
+    Raises:
+        ValueError: If not 0 < sigma_min < sigma_max, or rho is not positive.
+
+    Source: Karras et al. 2022 (EDM), eq. 5 and table 1.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
+        if not 0 < sigma_min < sigma_max or rho <= 0:
+            raise ValueError(
+                f"grid: 0 < sigma_min={sigma_min} < sigma_max={sigma_max} and rho={rho} > 0 must hold; "
+                "the paper has 0.002, 80 and 7"
+            )
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.rho = rho
+
+    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+        least, most = half_log_snr_range(process)
+        largest, smallest = min(self.sigma_max, math.exp(-least)), max(self.sigma_min, math.exp(-most))
+        roots = torch.linspace(largest ** (1 / self.rho), smallest ** (1 / self.rho), steps, dtype=torch.float64)
+        return entries_at(-self.rho * roots.log(), process)
+
+
+def half_log_snr_range(process: DiscreteProcess) -> tuple[float, float]:
+    """Lambda = log(alpha / sigma) at the last time and at the first above 0."""
+    ends = torch.tensor([1, 1 / process.num_steps], dtype=torch.float64)
+    least, most = (process.log_snr(ends) / 2).tolist()
+    return least, most
+
+
+def entries_at(half_log_snr: Tensor, process: DiscreteProcess) -> Tensor:
+    """The papers' indices nearest to values of lambda that rise, in rising order."""
+    return (process.time_at(2 * half_log_snr) * process.num_steps).round().flip(0) - 1

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import optimize, stats
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion import DiscreteProcess
@@ -52,6 +53,42 @@ class GaussianData:
 
 def scalar_data(mean: float, variance: float, alpha_bar: Array) -> GaussianData:
     return GaussianData(np.array([mean]), np.array([[variance]]), alpha_bar)
+
+
+@dataclass
+class Mixture:
+    """A mixture of normals on the line, the denoiser that is optimal for it, and its probability flow."""
+
+    weights: Array
+    means: Array
+    variances: Array
+
+    def denoise(self, process: DiscreteProcess) -> DenoiseFn:
+        def predict(x_t: Tensor, t: Tensor) -> Prediction:
+            alpha, sigma = process.alpha_sigma(t)
+            weights, means, variances = map(torch.from_numpy, (self.weights, self.means, self.variances))
+            spread = alpha**2 * variances + sigma**2
+            off = x_t.unsqueeze(-1) - alpha * means
+            share = (weights.log() - spread.log() / 2 - off**2 / (2 * spread)).softmax(-1)
+            x0 = (share * (means + alpha * variances / spread * off)).sum(-1)
+            return Prediction(x0=x0, eps=(x_t - alpha * x0) / sigma)
+
+        return predict
+
+    def distribution(self, x: float, alpha: float, sigma: float) -> float:
+        """P(x_t <= x)."""
+        spread = np.sqrt(alpha**2 * self.variances + sigma**2)
+        return float(self.weights @ stats.norm.cdf((x - alpha * self.means) / spread))
+
+    def flow(self, x_t: Tensor, process: DiscreteProcess, t: Tensor, s: Tensor) -> Tensor:
+        """Where the probability flow takes x_t: on a line it keeps what lies below."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = ([float(c) for c in process.alpha_sigma(time)] for time in (t, s))
+        found = []
+        for x in x_t.flatten().tolist():
+            below = self.distribution(x, alpha_t, sigma_t)
+            root = optimize.brentq(lambda y: self.distribution(y, alpha_s, sigma_s) - below, -9, 9, xtol=1e-14)  # noqa: B023
+            found.append(root)
+        return torch.tensor(found, dtype=torch.float64).reshape(x_t.shape)
 
 
 class OptimalNetwork(nn.Module):

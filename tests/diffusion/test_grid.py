@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lit.diffusion import DiscreteProcess, Grid, Quadratic, Spanning, Trailing, Uniform
+from diffusion_lit.diffusion import DiscreteProcess, Grid, Karras, LogSNR, Quadratic, Spanning, Trailing, Uniform
 
-GRIDS = [Uniform(), Quadratic(), Spanning(), Trailing()]
+GRIDS = [Uniform(), Quadratic(), Spanning(), Trailing(), LogSNR(), Karras()]
 
 
 def named(part: object) -> str:

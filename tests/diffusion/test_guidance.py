@@ -16,10 +16,12 @@ from diffusion_lit.diffusion import (
     Cosine,
     Denoiser,
     DiscreteProcess,
+    DPMSolver,
     Eps,
     FixedLarge,
     FixedSmall,
     Guidance,
+    Heun,
     Linear,
     Sampler,
     V,
@@ -125,8 +127,12 @@ SAMPLERS = [
     DDIM(20, eta=0.7, clip=True),
     Ancestral(20, FixedLarge(), clip=False),
     Ancestral(20, FixedSmall(), clip=True),
+    DPMSolver(20, order=3, clip=True),
+    Heun(21, clip=False),
 ]
-sampled = pytest.mark.parametrize("sampler", SAMPLERS, ids=["ddim", "eta 0.7, clipped", "large", "small, clipped"])
+sampled = pytest.mark.parametrize(
+    "sampler", SAMPLERS, ids=["ddim", "eta 0.7, clipped", "large", "small, clipped", "order 3, clipped", "heun"]
+)
 
 
 # Classifier guidance

@@ -10,7 +10,9 @@ from diffusion_lit.diffusion import (
     Cosine,
     Denoiser,
     DiscreteProcess,
+    DPMSolver,
     Eps,
+    Heun,
     Linear,
     Parameterization,
     PosteriorMean,
@@ -80,10 +82,17 @@ SAMPLERS: list[Sampler] = [
     Ancestral(250, clip=False),
     DDIM(steps=50, eta=0.0, clip=False),
     DDIM(steps=20, eta=0.7, grid=Quadratic(), clip=True),
+    DPMSolver(steps=20, order=3, clip=False),
+    DPMSolver(steps=15, order=2, clip=True),
+    Heun(steps=25, clip=False),
 ]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["ancestral", "ddim", "ddim, stochastic, clipped"])
+@pytest.mark.parametrize(
+    "sampler",
+    SAMPLERS,
+    ids=["ancestral", "ddim", "ddim, stochastic, clipped", "order 3", "order 2, clipped", "heun"],
+)
 def test_all_parameterizations_give_one_trajectory(sampler: Sampler) -> None:
     process = DiscreteProcess()
     data = gaussian_data(alpha_bars(linear_betas(1000)))

@@ -11,8 +11,10 @@ from diffusion_lit.diffusion import (
     DDIM,
     Ancestral,
     DiscreteProcess,
+    DPMSolver,
     FixedLarge,
     FixedSmall,
+    Heun,
     Linear,
     Quadratic,
     Sampler,
@@ -127,8 +129,11 @@ def test_ddim_has_the_moments_of_its_gaussians(steps: int | None, eta: float) ->
         DDIM(None, 0.0, clip=False),
         DDIM(None, 0.5, clip=False),
         DDIM(None, 1.0, clip=False),
+        DPMSolver(None, order=2, clip=False),
+        DPMSolver(None, order=3, clip=False),
+        Heun(None, clip=False),
     ],
-    ids=["small", "large", "eta 0", "eta 0.5", "eta 1"],
+    ids=["small", "large", "eta 0", "eta 0.5", "eta 1", "order 2", "order 3", "heun"],
 )
 def test_with_all_steps_samples_have_the_moments_of_the_data(sampler: Sampler) -> None:
     process, bars = DiscreteProcess(), alpha_bars(linear_betas(1000))
@@ -240,12 +245,14 @@ def test_ancestral_sampling_clips_before_the_posterior_mean() -> None:
 @pytest.mark.parametrize(("clip", "end"), [(True, 1.0), (False, 3.0)])
 def test_clipping_is_an_option(clip: bool, end: float) -> None:
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    for sampler in (DDIM(3, clip=clip), Ancestral(3, clip=clip)):
+    for sampler in (DDIM(3, clip=clip), Ancestral(3, clip=clip), DPMSolver(3, clip=clip), Heun(5, clip=clip)):
         found = sampler(overshoot, x, DiscreteProcess(), lambda: torch.zeros_like(x))
         assert found.item() == pytest.approx(end)
 
 
-@pytest.mark.parametrize("sampler", [DDIM(9, eta=0.5), Ancestral(9)], ids=["ddim", "ancestral"])
+@pytest.mark.parametrize(
+    "sampler", [DDIM(9, eta=0.5), Ancestral(9), DPMSolver(9), Heun(17)], ids=["ddim", "ancestral", "dpm-solver", "heun"]
+)
 def test_a_path_has_one_state_more_than_steps_and_ends_in_the_sample(sampler: Sampler) -> None:
     x = torch.randn(2, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states = list(sampler.path(FINE_DENOISE, x, FINE, seeded(x)))

@@ -14,6 +14,9 @@ from diffusion_lit.types import DenoiseFn, Prediction, StepFn
 NoiseFn = Callable[[], Tensor]
 """Draws fresh standard normal noise in the shape of x."""
 
+Step = Callable[[DenoiseFn, Tensor, Process, Tensor, Tensor, NoiseFn], tuple[Tensor, Tensor]]
+"""One step of a sampler: see `Sampler.step`."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -80,6 +83,15 @@ class Sampler(ABC):
             (x_s, the x_0 it was built from).
         """
 
+    def begin(self, times: Tensor) -> Step:
+        """What steps along one path. A method that remembers earlier predictions returns a function of its own for
+        every path, so that the sampler itself is the same before and after.
+
+        Args:
+            times: The path's times, falling, the last 0, (S + 1,).
+        """
+        return self.step
+
     def times(self, process: DiscreteProcess) -> Tensor:
         """The grid's times for this number of steps, falling, the last 0, (S + 1,).
 
@@ -93,8 +105,9 @@ class Sampler(ABC):
         if self.clip:
             denoise = clip_x0(denoise, process)
         times = self.times(process)
+        step = self.begin(times)
         for t, s in pairwise(times):
-            x_s, x0 = self.step(denoise, x, process, t, s, noise)
+            x_s, x0 = step(denoise, x, process, t, s, noise)
             yield State(t, x, x0)
             x = x_s
         yield State(times[-1], x, x)
