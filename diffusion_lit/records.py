@@ -1,6 +1,7 @@
 """Results as JSON lines, and parts as plain data, so that a figure says how it came about."""
 
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -46,9 +47,9 @@ def describe(part: object) -> Any:
 def _is_describable(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_describable, value))
-    return (
-        isinstance(value, Plain) or (hasattr(value, "__dict__") and not callable(value)) or isinstance(value, nn.Module)
-    )
+    if isinstance(value, Tensor | type) or inspect.isroutine(value):
+        return False
+    return isinstance(value, Plain) or hasattr(value, "__dict__")
 
 
 def device_name(device: torch.device) -> str:

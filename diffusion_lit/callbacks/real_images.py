@@ -119,6 +119,6 @@ class RealImages:
 
 
 def chosen_batches(available: int, count: int) -> Sequence[list[int]]:
-    """`count` of the numbers below `available`, in an order that is always the same, in batches."""
-    order = np.random.default_rng(0).permutation(available)[:count].tolist()
-    return [order[start : start + BATCH] for start in range(0, count, BATCH)]
+    """`count` of the numbers below `available`, always the same ones, in batches; where all are wanted, in order."""
+    order = np.random.default_rng(0).permutation(available)[:count] if count < available else np.arange(available)
+    return [order[start : start + BATCH].tolist() for start in range(0, count, BATCH)]

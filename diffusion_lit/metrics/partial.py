@@ -48,7 +48,8 @@ class PartialResults:
     def load(self, batch: int) -> dict[str, Tensor] | None:
         """A batch's tensors, None if it is not done or its file is damaged."""
         try:
-            with np.load(self.path(batch), allow_pickle=False) as file:
+            with self.path(batch).open("rb") as opened:
+                file = np.load(opened, allow_pickle=False)
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         except Exception:  # Damaged bytes raise nearly anything; the batch is made again.
             return None
