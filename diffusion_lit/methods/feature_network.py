@@ -134,6 +134,7 @@ class TrainedFeatures(FeatureExtractor):
             raise FileNotFoundError(f"extractor.checkpoint={checkpoint}: there is no such file")
         self.network = restore(checkpoint, FeatureNetworkModule).network.eval().requires_grad_(False)
         self.num_features = self.network.num_features
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.outputs(images)["features"]
