@@ -31,7 +31,7 @@ from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
 CARRIED = ("seed_everything", "model", "data", "ema", "sample_grid", "frechet", "checkpoints")
-TOOLS: dict[str, str] = {}
+TOOLS: dict[str, str] = {"prepare": "diffusion_lit.data.prepare"}
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
 
