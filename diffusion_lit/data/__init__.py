@@ -5,6 +5,7 @@ from diffusion_lit.data.cifar10 import CIFAR10
 from diffusion_lit.data.digits import Digits
 from diffusion_lit.data.folder import Folder
 from diffusion_lit.data.lsun import LSUN
+from diffusion_lit.data.prepared import Prepared
 
 __all__ = [
     "CIFAR10",
@@ -15,4 +16,5 @@ __all__ = [
     "ImageData",
     "ImageDataset",
     "InMemoryImages",
+    "Prepared",
 ]

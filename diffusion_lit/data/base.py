@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import lightning as L
 import torch
@@ -284,6 +284,10 @@ class ImageData(L.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__} has no {split} images{self.remedy(split)}")
         return images
 
+    def parts(self) -> list[Split]:
+        """The parts that there are."""
+        return [split for split in get_args(Split) if self._load(split) is not None]
+
     def remedy(self, split: Split) -> str:
         """What to do about a missing part, to be appended to the error: "; set ..."."""
         return ""
@@ -354,8 +358,7 @@ class ImageData(L.LightningDataModule, ABC):
         Yields:
             uint8, (B, C, H, W), unmirrored, 1 <= B <= batch_size.
         """
-        sampler = OnePass(len(self.dataset(split)), batch_size, rank, world_size)
-        for batch in self._loader(split, sampler, keep_workers=False):
+        for batch in self.stored_batches(rank, world_size, batch_size, split):
             yield batch["image"]
 
     def some(self, indices: Sequence[int], split: Split = "train") -> Batch:
@@ -366,6 +369,11 @@ class ImageData(L.LightningDataModule, ABC):
         images = self.dataset(split)
         batches = Batches(images, training=False, unreadable=self._unreadable.get(split))
         return batches.__getitems__([(index, False) for index in indices])
+
+    def stored_batches(self, rank: int, world_size: int, batch_size: int, split: Split = "train") -> Iterator[Batch]:
+        """As `reference_batches`, with labels where there are classes."""
+        sampler = OnePass(len(self.dataset(split)), batch_size, rank, world_size)
+        yield from self._loader(split, sampler, keep_workers=False)
 
     def num_images(self, split: Split = "train", rank: int = 0, world_size: int = 1) -> int:
         """Readable images in a process's share of a part: what `reference_batches` has yielded at its end.

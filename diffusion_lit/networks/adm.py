@@ -14,6 +14,7 @@ from diffusion_lit.networks.layers import (
     check_shape,
     cosine_sine_embedding,
     count_heads,
+    run_block,
 )
 from diffusion_lit.types import Condition
 
@@ -174,8 +175,10 @@ class Downsample(nn.Module):
 class Stage(nn.ModuleList):
     """Layers one after another, of which the residual blocks are told the embedding."""
 
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """h: (B, C, H, W); embedding: (B, embedding_width). Returns what the last layer does."""
+    def forward(self, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """h, and skip with it: (B, C, H, W); embedding: (B, embedding_width). Returns what the last layer does."""
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
         for layer in self:
             h = layer(h, embedding) if isinstance(layer, ConditionedResBlock) else layer(h)
         return h
@@ -248,7 +251,10 @@ class Encoder(nn.Module):
 
     Attributes:
         skip_channels: Channels that each of `input_blocks` puts out.
+        checkpoint_blocks: Whether blocks are computed again for gradients.
     """
+
+    checkpoint_blocks = False
 
     def __init__(
         self,
@@ -281,9 +287,9 @@ class Encoder(nn.Module):
         """The coarsest feature map, and what each of `input_blocks` put out on the way to it."""
         skips = []
         for stage in self.input_blocks:
-            x = stage(x, embedding)
+            x = run_block(stage, x, embedding, recompute=self.checkpoint_blocks)
             skips.append(x)
-        return self.middle_block(x, embedding), skips
+        return run_block(self.middle_block, x, embedding, recompute=self.checkpoint_blocks), skips
 
 
 class ADMUNet(Encoder):
@@ -311,6 +317,7 @@ class ADMUNet(Encoder):
         num_groups: Groups of the normalisation.
         qkv_first: Order of the rows of `qkv`: split into queries, keys and values ahead of heads, as in the
             published ImageNet 64x64 weights, or into heads first, as in the others. Makes no other difference.
+        checkpoint_blocks: As for `UNet`.
 
     Attributes:
         has_null_label: Whether it can predict without a label although it has classes.
@@ -343,6 +350,7 @@ class ADMUNet(Encoder):
         label_dropout: float = 0.0,
         num_groups: int = 32,
         qkv_first: bool = False,
+        checkpoint_blocks: bool = False,
     ) -> None:
         check_shape("ADMUNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups)
         self._check_labels(num_classes, label_dropout)
@@ -358,6 +366,7 @@ class ADMUNet(Encoder):
             qkv_first,
         )
         super().__init__(image_size, in_channels, width, multipliers, num_blocks, attention, parts)
+        self.checkpoint_blocks = checkpoint_blocks
         self.num_classes = num_classes
         self.label_dropout = label_dropout
         self.has_null_label = label_dropout > 0
@@ -411,7 +420,7 @@ class ADMUNet(Encoder):
             embedding = embedding + self.label_emb(label)
         h, skips = self.encode(x, embedding)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = run_block(stage, h, embedding, skips.pop(), recompute=self.checkpoint_blocks)
         return cast(Tensor, self.out(h))
 
     def _labels(self, label: Tensor | None, x: Tensor) -> Tensor:

@@ -3,12 +3,13 @@ U-Nets share with it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def init_conv(conv: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
@@ -144,6 +145,22 @@ def check_shape(
             )
     if not 0 <= dropout < 1:
         raise ValueError(f"{network}: dropout={dropout} must lie in [0, 1); DDPM uses 0.1 for CIFAR-10")
+
+
+def run_block(block: Callable[..., Tensor], *inputs: object, recompute: bool) -> Tensor:
+    """What a block makes of its inputs.
+
+    Args:
+        block: A function or module.
+        inputs: Its arguments, in order.
+        recompute: Whether, for gradients, the inputs alone are kept and the block is run again on the way back, with
+            the same dropout. Gradients are the same.
+
+    Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class ResBlock(nn.Module):
