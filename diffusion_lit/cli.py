@@ -106,6 +106,10 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 
 def nearest_part(text: str) -> str:
     """A parser's message, shortened to the nearest known part where it is about one that does not exist."""
+    absent = re.search(r"""Parser key "(?:[\w.]+\.)?(\w+)":.* is abstract.*NestedArg\(key='([\w.]+)'""", text)
+    if absent is not None:
+        part, option = absent[1], absent[2]
+        return f"there is no {part} to give {option!r} to; choose one first, by its class: --...{part} CLASS"
     if text.startswith("the following arguments are required"):
         return f"{text}; give --ckpt_path CHECKPOINT, or -c CONFIG"
     missing = re.search(

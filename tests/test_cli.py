@@ -424,6 +424,13 @@ def test_an_incomplete_command_says_what_is_missing(
     assert part in refused(args)
 
 
+def test_an_option_of_a_part_that_the_model_does_not_have_says_to_choose_one(
+    refused: Callable[[list[str]], str], checkpoint: str
+) -> None:
+    line = refused(["predict", "--ckpt_path", checkpoint, *CPU, "--model.guidance.init_args.scale", "2"])
+    assert line == "there is no guidance to give 'scale' to; choose one first, by its class: --...guidance CLASS"
+
+
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(cli.TRACEBACK, "1")
     with pytest.raises(ValueError, match="eta=2"):

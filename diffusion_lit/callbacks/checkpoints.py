@@ -68,6 +68,10 @@ def restore(path: str, base: type[Module]) -> Module:
     try:
         made = parser.instantiate_classes(parser.parse_object({"model": config}))
     except ArgumentError as error:
+        if "does not correspond to a subclass" in str(error):
+            raise ValueError(
+                f"{path} is of {config.get('class_path')}, no {base.__name__}; give the checkpoint of a {base.__name__}"
+            ) from error
         raise ValueError(
             f"{path} is of {config.get('class_path')}, no {base.__name__} that can be made: {error}"
         ) from error
