@@ -51,7 +51,7 @@ CARRIED = (
     "likelihood",
     "checkpoints",
 )
-TOOLS: dict[str, str] = {"prepare": "diffusion_lit.data.prepare"}
+TOOLS: dict[str, str] = {"prepare": "diffusion_lit.data.prepare", "reference": "diffusion_lit.statistics"}
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
 

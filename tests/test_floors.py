@@ -14,6 +14,7 @@ BELOW: dict[str, set[str]] = {
     "data": {"types", "images"},
     "metrics": {"types", "images", "records"},
     "records": set(),
+    "statistics": {"data", "metrics"},
     "generation": {"types"},
     "averaging": {"types"},
     "loggers": set(),
