@@ -68,9 +68,7 @@ class PartialResults:
         for batch in range(num_batches):
             tensors = self.load(batch)
             if tensors is None:
-                raise RuntimeError(
-                    f"{self.path(batch)} is missing: all processes must see one directory (--trainer.default_root_dir)"
-                )
+                raise RuntimeError(f"{self.path(batch)} is missing: all processes must see one file system")
             for name, tensor in tensors.items():
                 parts.setdefault(name, []).append(tensor)
         whole = {name: torch.cat(tensors)[:count] for name, tensors in parts.items()}

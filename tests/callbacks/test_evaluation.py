@@ -257,7 +257,7 @@ def test_partial_results_that_are_missing_are_not_taken_for_done(tmp_path: Path)
     partial.save(0, {"x": torch.ones(2)})
     assert partial.done(0)
     assert not partial.done(1)
-    with pytest.raises(RuntimeError, match=r"000001.npz is missing: all processes must see one directory"):
+    with pytest.raises(RuntimeError, match=r"000001.npz is missing: all processes must see one file system"):
         partial.columns(2)
     with pytest.raises(RuntimeError, match="2 rows of x instead of 3"):
         partial.columns(1, 3)
