@@ -24,14 +24,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
-from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
+from diffusion_lit.callbacks.checkpoints import CARRIED, read_checkpoint, restore, run_of
 from diffusion_lit.methods import classifier_guidance
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
-CARRIED = ("seed_everything", "model", "data", "ema", "sample_grid", "frechet", "checkpoints")
-TOOLS: dict[str, str] = {}
+TOOLS: dict[str, str] = {
+    "import": "diffusion_lit.exchange.import_weights",
+    "export": "diffusion_lit.exchange.export_weights",
+}
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
 
