@@ -68,7 +68,7 @@ def make(config: Mapping[str, Any]) -> tuple[L.LightningModule, dict[str, Any]]:
         ValueError: If there is no such model.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(L.LightningModule, "model")
+    parser.add_argument("--model", type=L.LightningModule)
     path = f"{DiffusionModule.__module__}.{DiffusionModule.__qualname__}"
     try:
         parsed = parser.parse_object({"model": {"class_path": path, **config}})

@@ -259,11 +259,12 @@ def test_the_checkpoint_is_enough_to_sample_score_and_train_on(tmp_path: Path, r
     cpu = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
     cli.main(["predict", "--ckpt_path", ckpt, "--num_images", "3", *cpu])
     assert len(list((run / "predictions" / "imported_seed_0").glob("0*.png"))) == 3
-    cli.main(["test", "--ckpt_path", ckpt, "--frechet.test_num_images", "2", "--weights", "raw", *cpu])
+    less = ["--frechet.test_num_images", "2", "--frechet.batch_size", "2", "--trainer.limit_test_batches", "1"]
+    cli.main(["test", "--ckpt_path", ckpt, "--weights", "raw", *less, *cpu])
 
     tuned = tmp_path / "tuned"
     base = ["-c", str(repository / "configs" / "base.yaml"), "-c", digits, "-c", str(changes)]
-    args = ["--trainer.default_root_dir", str(tuned), "--trainer.max_steps", "1", "--trainer.log_every_n_steps", "1"]
+    args = ["--trainer.default_root_dir", str(tuned), "--trainer.max_steps", "1", "--data.init_args.batch_size", "4"]
     cli.main(["fit", *base, *args, *cpu, "--trainer.logger", "false", "--ckpt_path", ckpt])
     trained = torch.load(tuned / "checkpoints" / "last.ckpt", weights_only=True)
     assert trained["global_step"] == 1
