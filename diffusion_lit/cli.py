@@ -34,24 +34,18 @@ from diffusion_lit.callbacks import (
     SampleGrid,
     Scalars,
 )
-from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
+from diffusion_lit.callbacks.checkpoints import CARRIED, read_checkpoint, restore, run_of
 from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
-CARRIED = (
-    "seed_everything",
-    "model",
-    "data",
-    "ema",
-    "sample_grid",
-    "frechet",
-    "evaluation",
-    "likelihood",
-    "checkpoints",
-)
-TOOLS: dict[str, str] = {"prepare": "diffusion_lit.data.prepare", "reference": "diffusion_lit.statistics"}
+TOOLS: dict[str, str] = {
+    "import": "diffusion_lit.exchange.import_weights",
+    "export": "diffusion_lit.exchange.export_weights",
+    "prepare": "diffusion_lit.data.prepare",
+    "reference": "diffusion_lit.statistics",
+}
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
 

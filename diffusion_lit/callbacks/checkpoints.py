@@ -15,6 +15,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 FOLDER = "checkpoints"
 LAST = "last"
+CARRIED = (
+    "seed_everything",
+    "model",
+    "data",
+    "ema",
+    "sample_grid",
+    "frechet",
+    "evaluation",
+    "likelihood",
+    "checkpoints",
+)
+"""The sections of a configuration that a checkpoint carries."""
 Module = TypeVar("Module", bound=L.LightningModule)
 
 
