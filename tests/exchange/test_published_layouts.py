@@ -259,7 +259,7 @@ def test_the_checkpoint_is_enough_to_sample_score_and_train_on(tmp_path: Path, r
     cpu = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
     cli.main(["predict", "--ckpt_path", ckpt, "--num_images", "3", *cpu])
     assert len(list((run / "predictions" / "imported_seed_0").glob("0*.png"))) == 3
-    less = ["--frechet.test_num_images", "2", "--frechet.batch_size", "2", "--trainer.limit_test_batches", "1"]
+    less = ["--evaluation.num_images", "2", "--evaluation.batch_size", "2", "--trainer.limit_test_batches", "1"]
     cli.main(["test", "--ckpt_path", ckpt, "--weights", "raw", *less, *cpu])
 
     tuned = tmp_path / "tuned"
