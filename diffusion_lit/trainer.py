@@ -83,8 +83,7 @@ class Trainer(L.Trainer):
                     f"{run_dir} holds a run already: continue it with --ckpt_path last, or choose another directory "
                     "with --trainer.default_root_dir"
                 )
-            if found is not None:
-                tidy(run_dir, found[0])
+            tidy(run_dir, None if found is None else found[0])
         curves = curves_of(self)
         if curves is not None:
             curves.go_on(step, rows)

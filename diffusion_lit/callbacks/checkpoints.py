@@ -6,7 +6,7 @@ import os
 import pickle
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -38,9 +38,9 @@ def last_checkpoint(run_dir: Path | str) -> Path:
 
 
 def newest_checkpoint(run_dir: Path | str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest complete checkpoint of a run: last.ckpt; where that is damaged or missing, previous.ckpt; else any.
+    """The newest complete checkpoint of a run: last.ckpt; where that is damaged or missing, previous.ckpt.
 
-    Warns of every damaged one that it passes over.
+    Where both are damaged it is the newest of all others. Warns of every damaged one that it passes over.
 
     Returns:
         Its path and content; None if the run has no checkpoint.
@@ -49,28 +49,30 @@ def newest_checkpoint(run_dir: Path | str) -> tuple[Path, dict[str, Any]] | None
         ValueError: If there are checkpoints, and all of them are damaged.
     """
     folder = Path(run_dir) / FOLDER
-    first = [folder / f"{name}.ckpt" for name in (LAST, PREVIOUS)]
-    others = sorted(set(folder.glob("*.ckpt")) - set(first), reverse=True)
     damaged: list[str] = []
-    whole: list[tuple[Path, dict[str, Any]]] = []
-    for path in [*first, *others]:
-        try:
-            whole.append((path, read_checkpoint(path)))
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            damaged.append(str(error))
-            continue
-        if path in first:
-            break
-    if damaged and not whole:
+
+    def whole(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for path in paths:
+            try:
+                yield path, read_checkpoint(path)
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                damaged.append(str(error))
+
+    first = [folder / f"{name}.ckpt" for name in (LAST, PREVIOUS)]
+    newest = next(whole(first), None)
+    if newest is None and damaged:
+        # Not where there is neither: a best.ckpt alone is not from between two steps, and the run starts anew.
+        others = whole(sorted(set(folder.glob("*.ckpt")) - set(first)))
+        newest = max(others, key=lambda found: int(found[1].get("global_step", 0)), default=None)
+    if damaged and newest is None:
         raise ValueError(
             f"no checkpoint in {folder} is whole: {damaged[0]}; move them away, or choose another directory with "
             "--trainer.default_root_dir"
         )
-    if not whole:
+    if newest is None:
         return None
-    newest = max(whole, key=lambda found: int(found[1].get("global_step", 0)))
     for problem in damaged:
         warnings.warn(f"{problem}; continuing from {newest[0]} instead", DamagedCheckpointWarning, stacklevel=2)
     return newest
@@ -261,19 +263,19 @@ def keep_as_previous(last: Path) -> None:
         link.unlink(missing_ok=True)
 
 
-def tidy(run_dir: Path | str, continued: Path) -> None:
+def tidy(run_dir: Path | str, continued: Path | None) -> None:
     """Removes what killed processes left half written, and sets a last.ckpt that was passed over aside.
 
     Else the next writing would put a damaged one in the place of a previous.ckpt that is whole.
 
     Args:
         run_dir: The run's directory.
-        continued: What `newest_checkpoint` found.
+        continued: What `newest_checkpoint` found; None: nothing was looked for.
     """
-    for part in continued.parent.glob(f"*{PART}"):
-        part.unlink(missing_ok=True)
     last = last_checkpoint(run_dir)
-    if continued != last and last.is_file():
+    for part in last.parent.glob(f"*{PART}"):
+        part.unlink(missing_ok=True)
+    if continued is not None and continued != last and last.is_file():
         os.replace(last, last.with_name(last.name + DAMAGED))
         sync_folder(last.parent)
 
