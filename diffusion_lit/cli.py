@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
 from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
+from diffusion_lit.callbacks.signals import Stopped
 from diffusion_lit.methods import classifier_guidance
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
@@ -251,6 +252,8 @@ def require_devices(trainer: Namespace) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; what a user got wrong ends in one line and exit code 2.
 
+    A run that is stopped by SIGTERM or SIGUSR1 ends in one line and exit code 75: it can go on.
+
     Set DIFFUSION_LIT_TRACEBACK=1 to see the traceback instead.
     """
     given = sys.argv[1:] if args is None else list(args)
@@ -266,6 +269,10 @@ def main(args: Sequence[str] | None = None) -> None:
             CLI(given)
         else:
             import_module(tool).main(given[1:])
+    except Stopped as end:
+        if end.code:
+            sys.stderr.write(f"diffusion_lit: {end}\n")
+        raise
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise

@@ -21,6 +21,7 @@ from diffusion_lit.callbacks.checkpoints import (
 )
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
+from diffusion_lit.callbacks.signals import StopSignals
 from diffusion_lit.generation import Request, Requests, asked_labels
 from diffusion_lit.loggers import curves_of
 from diffusion_lit.module import AVERAGED, DiffusionModule
@@ -42,6 +43,9 @@ class Trainer(L.Trainer):
             kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
+        self._signal_connector = StopSignals(self)
+        # Lightning's way to agree, once a batch; `Checkpoints` agrees once a step.
+        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def fit(  # type: ignore[override]
         self,

@@ -17,6 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from diffusion_lit.callbacks.signals import asked_to_stop, stop
 from diffusion_lit.loggers import curves_of
 
 FOLDER = "checkpoints"
@@ -301,7 +302,8 @@ class Checkpoints(Checkpoint):
 
     A checkpoint is written between two steps, when all that belongs to a step is done: its scores, its samples, its
     validation. A run that goes on therefore neither repeats nor misses any of it. The last.ckpt before stays as
-    previous.ckpt. Where a file cannot be written a warning says so, and training goes on.
+    previous.ckpt. Where a file cannot be written a warning says so, and training goes on. After SIGTERM, SIGUSR1 or
+    Ctrl-C the run stops with the step that it is at.
 
     Args:
         every_n_steps: Optimiser steps between two writings of last.ckpt.
@@ -349,6 +351,11 @@ class Checkpoints(Checkpoint):
         if self._step % self.every_n_steps == 0:
             self._save_last(trainer)
         self._snapshot(trainer)
+        reason = asked_to_stop(trainer)
+        if reason is not None:
+            if self._saved_at != self._step:
+                self._save_last(trainer)
+            stop(trainer, reason)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises OSError if what training has come to cannot be kept."""
