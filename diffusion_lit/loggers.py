@@ -135,7 +135,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(newline="") as file:
             text = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines(keepends=True))
     return [row for row in rows if None not in row and None not in row.values()]

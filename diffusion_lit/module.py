@@ -1,7 +1,9 @@
 """The LightningModule: wires process, network, parameterization, objective and sampler, and nothing else."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypedDict, cast
 
 import lightning.pytorch as L
@@ -46,6 +48,11 @@ class Generated(TypedDict):
 def condition_of(batch: Batch | Request) -> Condition:
     """What a network may be told of a batch: all of it but the images themselves."""
     return {k: cast(Tensor, v) for k, v in batch.items() if k not in ("image", "index")}
+
+
+def _of_part(on_step: StepFn, part: int, parts: int, done: int, total: int) -> None:
+    """Tells of a step of one of several parts as of a step of the whole."""
+    on_step(part * total + done, parts * total)
 
 
 def seed_step(seed: int, stream: int, rank: int, batch: int) -> None:
@@ -138,6 +145,7 @@ class DiffusionModule(L.LightningModule):
         self.skipped_in_a_row = 0
         self.seen_in_step: list[tuple[Tensor, Tensor]] = []
         self.on_sampling_step: StepFn | None = None
+        self.sampled_at_once: int | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -393,6 +401,9 @@ class DiffusionModule(L.LightningModule):
     ) -> Tensor:
         """Generates images with the weights that the module holds.
 
+        Where memory does not suffice for all of them at once, half as many are made at a time, from then on; images
+        are the same up to rounding, because each depends on the seed and its index alone.
+
         Args:
             indices: Which images, (B,); image i depends on the seed and i alone.
             seed: At least 0.
@@ -406,13 +417,40 @@ class DiffusionModule(L.LightningModule):
 
         Raises:
             ValueError: If the condition does not fit the model or its guidance.
+            torch.OutOfMemoryError: If memory does not suffice for a single image.
         """
+        given = self.default_condition(indices) if condition is None else condition
+        on_step = on_step or self.on_sampling_step
+        at_once = min(len(indices), self.sampled_at_once or len(indices))
+        while True:
+            # Not inside the except clause: there the failed attempt's tensors are still held by its traceback.
+            try:
+                starts = range(0, len(indices), max(at_once, 1))
+                parts = [
+                    self._sample(
+                        indices[start : start + at_once],
+                        seed,
+                        sampler or self.sampler,
+                        {name: value[start : start + at_once] for name, value in given.items()},
+                        None if on_step is None else partial(_of_part, on_step, part, len(starts)),
+                    )
+                    for part, start in enumerate(starts)
+                ]
+                return torch.cat(parts) if parts else torch.empty(0, *self.image_shape, device=self.device)
+            except torch.OutOfMemoryError:
+                if at_once <= 1:
+                    raise
+            at_once = self.sampled_at_once = -(-at_once // 2)
+            warnings.warn(f"out of memory while sampling: going on with {at_once} images at once", stacklevel=2)
+            torch.cuda.empty_cache()
+
+    def _sample(
+        self, indices: Sequence[int], seed: int, sampler: Sampler, condition: Condition, on_step: StepFn | None
+    ) -> Tensor:
         noise = ImageNoise(seed, indices, self.image_shape, self.device)
-        denoise = self.bind(self.default_condition(indices) if condition is None else condition)
+        denoise = self.bind(condition)
         with self._evaluating():
-            return (sampler or self.sampler)(
-                denoise, noise.draw(), self.process, noise.draw, on_step or self.on_sampling_step
-            )
+            return sampler(denoise, noise.draw(), self.process, noise.draw, on_step)
 
     def default_condition(self, indices: Sequence[int]) -> Condition:
         """What images are of where nobody says: class i modulo the number of classes, if there are any."""

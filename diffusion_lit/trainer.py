@@ -1,6 +1,7 @@
 """The Trainer behind the command line: what fit, validate, test and predict take and check."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +34,25 @@ class Trainer(L.Trainer):
     """Lightning's Trainer with whole-file checkpoints, our own sharding of data, and `predict` by number of images.
 
     A run is its directory, `default_root_dir`.
+
+    Args:
+        plugins: Lightning's; a checkpoint plugin takes the place of ours.
+        process_timeout: Seconds after which a process gives up waiting for another, of several; more than the longest
+            that one may be busy alone, such as drawing a grid of samples.
+
+    Raises:
+        ValueError: If the time is not positive.
     """
 
-    def __init__(self, *args: Any, plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
+        process_timeout: float = 1800.0,
+        **kwargs: Any,
+    ) -> None:
+        if not process_timeout > 0:
+            raise ValueError(f"trainer.process_timeout={process_timeout} must be above 0 seconds")
         given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]
@@ -43,6 +60,8 @@ class Trainer(L.Trainer):
             kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
+        if hasattr(self.strategy, "_timeout"):
+            self.strategy._timeout = timedelta(seconds=process_timeout)
         self._signal_connector = StopSignals(self)
         # Lightning's way to agree, once a batch; `Checkpoints` agrees once a step.
         self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

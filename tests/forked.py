@@ -58,8 +58,17 @@ def in_two(run: Callable[[], object]) -> None:
     other = os.fork()
     rank = "0" if other else "1"
     os.environ.update(place, RANK=rank, LOCAL_RANK=rank, GROUP_RANK="0", TORCHELASTIC_RUN_ID="here")
-    run()
-    if other and os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]):
+    try:
+        run()
+    finally:
+        # Whoever leads the group outlives the others, so that what these have to say is heard.
+        end = time.monotonic() + SECONDS / 2
+        status: int | None = None
+        while other and status is None and time.monotonic() < end:
+            ended, code = os.waitpid(other, os.WNOHANG)
+            status = code if ended else None
+            time.sleep(0.005)
+    if status:
         raise RuntimeError("the other process failed")
 
 
