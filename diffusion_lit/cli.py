@@ -274,6 +274,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Set DIFFUSION_LIT_TRACEBACK=1 to see the traceback instead.
     """
     given = sys.argv[1:] if args is None else list(args)
+    for arg in given:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            name = arg.encode(errors="backslashreplace").decode()
+            fail(f"{name} is not UTF-8, as configurations are; rename it, or give a link to it")
     tool = TOOLS.get(given[0]) if given else None
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         # Advertisements would bury what a run says.
