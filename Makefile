@@ -31,7 +31,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train sample evaluate table-ddim table-averages table-steps table-guidance test lint format clean
+.PHONY: help install demo train sample evaluate table-ddim table-averages table-steps table-guidance test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -75,6 +75,9 @@ table-guidance: $(READY) ## score CKPT=... at several guidance scales: a table a
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest $(ARGS)
+
+test-slow: $(READY) ## run the long tests: kills, fuzzing, soak
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -35,6 +35,8 @@ from diffusion_lit.callbacks import (
     Scalars,
 )
 from diffusion_lit.callbacks.checkpoints import CARRIED, read_checkpoint, restore, run_of
+from diffusion_lit.callbacks.signals import Stopped
+from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
@@ -63,9 +65,24 @@ class Parser(LightningArgumentParser):
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program with a one-line error."""
-    sys.stderr.write(f"diffusion_lit: error: {message}\n")
+    """Ends the program with a one-line error, which names the process where there are several."""
+    sys.stderr.write(f"diffusion_lit: error: {which_process()}{message}\n")
+    sys.stderr.flush()
     raise SystemExit(2)
+
+
+def which_process() -> str:
+    """Such as "rank 3: ", in one of several processes as launchers tell it; else nothing."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), None)
+    several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1"
+    return f"rank {rank}: " if several and rank is not None else ""
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error is that of waiting for another process."""
+    return isinstance(error, torch.distributed.DistError) or (
+        type(error) is RuntimeError and ("gloo" in str(error).lower() or "nccl" in str(error).lower())
+    )
 
 
 def known_names(parser: ArgumentParser) -> set[str]:
@@ -151,7 +168,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self.save_config(trainer, pl_module, "fit")
+            with if_possible(str(Path(trainer.default_root_dir) / self.config_filename)):
+                self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         config = self.config.clone()
@@ -273,9 +291,17 @@ def require_devices(trainer: Namespace) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; what a user got wrong ends in one line and exit code 2.
 
+    A run that is stopped by SIGTERM or SIGUSR1 ends in one line and exit code 75: it can go on.
+
     Set DIFFUSION_LIT_TRACEBACK=1 to see the traceback instead.
     """
     given = sys.argv[1:] if args is None else list(args)
+    for arg in given:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            name = arg.encode(errors="backslashreplace").decode()
+            fail(f"{name} is not UTF-8, as configurations are; rename it, or give a link to it")
     tool = TOOLS.get(given[0]) if given else None
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         # Advertisements would bury what a run says.
@@ -288,9 +314,16 @@ def main(args: Sequence[str] | None = None) -> None:
             CLI(given)
         else:
             import_module(tool).main(given[1:])
+    except Stopped as end:
+        if end.code:
+            sys.stderr.write(f"diffusion_lit: {end}\n")
+        raise
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise
         cause = innermost(error)
+        if lost_another(cause):
+            reason = " ".join(str(cause).split())
+            fail(f"another process has failed or does not answer, see its own error ({reason[:200]})")
         kind = f"{type(cause).__name__}: " if type(cause) in (TypeError, RuntimeError) else ""
         fail(kind + " ".join(str(cause).split()))

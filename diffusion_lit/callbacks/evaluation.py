@@ -186,7 +186,7 @@ class Evaluation(L.Callback):
                 "step": trainer.global_step if trainer.training else module.loaded_step,
                 "weights_name": name,
                 **key,
-                "evaluations": int(columns["evaluations"].max()),
+                "evaluations": int(columns["evaluations"].min()),
                 "process_seconds": round(float(columns["seconds"].sum()), 3),
                 "seconds": round(time.perf_counter() - start, 3),
                 **self._compared(gaussians),
@@ -244,7 +244,9 @@ class Evaluation(L.Callback):
                     for extractor in self.used
                     for name, output in extractor.outputs(images).items()
                 }
-                tensors["evaluations"] = torch.full((size,), len(calls))
+                # Where memory did not suffice, the batch was made in parts.
+                parts = -(-size // (module.sampled_at_once or size))
+                tensors["evaluations"] = torch.full((size,), len(calls) // parts)
                 tensors["seconds"] = torch.full((size,), seconds / size, dtype=torch.float64)
                 partial.save(number, tensors)
         trainer.strategy.barrier("evaluation")

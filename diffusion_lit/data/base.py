@@ -319,6 +319,15 @@ class ImageData(L.LightningDataModule, ABC):
         )
         return self._loader("train", stream, training=True)
 
+    def images_of_step(self, step: int) -> list[int]:
+        """Which training images an optimiser step sees, of all processes and micro-batches, in order.
+
+        Args:
+            step: At least 1.
+        """
+        stream = TrainingStream(len(self.dataset("train")), self.batch_size, seed=self.seed)
+        return [index for index, _ in stream.keys((step - 1) * self.batch_size, self.batch_size)]
+
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """One pass over the validation images; if there are none, Lightning's way to skip it: []."""
         if self._load("val") is None:
