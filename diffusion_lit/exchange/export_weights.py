@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore
 from diffusion_lit.exchange import scheduler, unet2d
-from diffusion_lit.exchange.files import AVERAGED
-from diffusion_lit.module import DiffusionModule
+from diffusion_lit.module import AVERAGED, DiffusionModule
 from diffusion_lit.networks import UNet
 
 DIFFUSERS_VERSION = "0.42.1"

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-RAW = "raw"
-AVERAGED = "averaged"
+from diffusion_lit.module import RAW
+
 LISTED = 20
 
 

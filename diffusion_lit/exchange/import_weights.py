@@ -21,8 +21,8 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.checkpoints import CARRIED, WholeFiles
 from diffusion_lit.exchange import scheduler, unet2d
-from diffusion_lit.exchange.files import AVERAGED, RAW, check_tensors, choose_state, is_state, read, read_json
-from diffusion_lit.module import DiffusionModule
+from diffusion_lit.exchange.files import check_tensors, choose_state, is_state, read, read_json
+from diffusion_lit.module import AVERAGED, RAW, DiffusionModule
 from diffusion_lit.networks import UNet
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -159,6 +160,67 @@ def test_an_old_repository_with_former_names_and_all_files_at_its_top_serves_too
     save_file(tensors, old / "diffusion_pytorch_model.safetensors")
     x, times = images(unet), torch.tensor([1.0, 7.0])
     assert_close(imported(old).denoiser.network(x, times), unet(x, times).sample)
+
+
+def of_google(channels: list[int], size: int, attended: int) -> dict[str, Any]:
+    """config.json of the conversions of DDPM's published weights, such as google/ddpm-cat-256."""
+    down, up = ["DownBlock2D"] * len(channels), ["UpBlock2D"] * len(channels)
+    down[attended], up[-1 - attended] = "AttnDownBlock2D", "AttnUpBlock2D"
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": "0.0.4",
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "block_out_channels": channels,
+        "center_input_sample": False,
+        "down_block_types": down,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-06,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": size,
+        "time_embedding_type": "positional",
+        "up_block_types": up,
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "variance"),
+    [
+        ("cifar10", of_google([128, 256, 256, 256], 32, 1), "fixed_large"),
+        ("lsun_cat", of_google([128, 128, 256, 256, 512, 512], 256, 4), "fixed_small"),
+    ],
+)
+def test_the_published_conversions_are_our_recipes(
+    recipe: str, config: dict[str, Any], variance: str, repository: Path
+) -> None:
+    ours = yaml.safe_load((repository / "configs" / f"{recipe}.yaml").read_text())["model"]["init_args"]
+    # Dropout is left out there: nobody trained with the conversion.
+    expected = {"in_channels": 3, "out_channels": 3, "num_groups": 32, **ours["network"]["init_args"], "dropout": 0.0}
+    assert unet2d.arguments(config) == expected
+    parts = scheduler.arguments(
+        {
+            "_class_name": "DDPMScheduler",
+            "_diffusers_version": "0.1.1",
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "beta_start": 0.0001,
+            "clip_sample": True,
+            "num_train_timesteps": 1000,
+            "trained_betas": None,
+            "variance_type": variance,
+        }
+    )
+    assert parts["process"] == ours["process"]
+    sampler = parts["sampler"]
+    assert sampler["class_path"] == ours["sampler"]["class_path"]
+    given = ours["sampler"]["init_args"]["variance"]["class_path"]
+    assert sampler["init_args"]["variance"]["class_path"] == given
 
 
 def test_a_pipeline_needs_no_recipe_to_sample_from(tmp_path: Path) -> None:
