@@ -1,28 +1,22 @@
 """The command line: fit, validate, test, predict and table."""
 
 import argparse
-import inspect
 import json
 import logging
 import os
-import re
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks, tables
 from diffusion_lit.callbacks import (
     EMA,
     Checkpoints,
@@ -37,11 +31,27 @@ from diffusion_lit.callbacks import (
 from diffusion_lit.callbacks.checkpoints import CARRIED, read_checkpoint, restore, run_of
 from diffusion_lit.callbacks.signals import Stopped
 from diffusion_lit.callbacks.storage import if_possible
-from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
+from diffusion_lit.refusals import (
+    USER_ERRORS,
+    fail,
+    innermost,
+    lost_another,
+    one_line,
+    require_values,
+)
 from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
+SECTIONS: dict[str, type[Callback]] = {
+    "ema": EMA,
+    "sample_grid": SampleGrid,
+    "frechet": Frechet,
+    "evaluation": Evaluation,
+    "likelihood": Likelihood,
+    "checkpoints": Checkpoints,
+}
+"""The house's callbacks, each a section of the configuration."""
 TOOLS: dict[str, str] = {
     "import": "diffusion_lit.exchange.import_weights",
     "export": "diffusion_lit.exchange.export_weights",
@@ -49,7 +59,6 @@ TOOLS: dict[str, str] = {
     "reference": "diffusion_lit.statistics",
 }
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
-USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
 
 
 class Parser(LightningArgumentParser):
@@ -62,96 +71,6 @@ class Parser(LightningArgumentParser):
         if os.environ.get(TRACEBACK):
             super().error(message, ex)
         fail(one_line(message, self))
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with a one-line error, which names the process where there are several."""
-    sys.stderr.write(f"diffusion_lit: error: {which_process()}{message}\n")
-    sys.stderr.flush()
-    raise SystemExit(2)
-
-
-def which_process() -> str:
-    """Such as "rank 3: ", in one of several processes as launchers tell it; else nothing."""
-    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), None)
-    several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1"
-    return f"rank {rank}: " if several and rank is not None else ""
-
-
-def lost_another(error: BaseException) -> bool:
-    """Whether an error is that of waiting for another process."""
-    return isinstance(error, torch.distributed.DistError) or (
-        type(error) is RuntimeError and ("gloo" in str(error).lower() or "nccl" in str(error).lower())
-    )
-
-
-def known_names(parser: ArgumentParser) -> set[str]:
-    """Every name that may occur in a dotted key: of sections, their arguments, and those of every part on offer."""
-    names = {"class_path", "init_args", "dict_kwargs"}
-    for action in parser._actions:
-        names.update(action.dest.split("."))
-        for subparser in (action.choices if isinstance(action.choices, dict) else {}).values():
-            names |= known_names(subparser)
-    for room in (callbacks, data, diffusion, loggers, metrics, networks, tables, classifier_guidance, feature_network):
-        for part in vars(room).values():
-            if inspect.isclass(part):
-                names.update(inspect.signature(part.__init__).parameters)
-    return names | set(inspect.signature(DiffusionModule).parameters)
-
-
-def one_line(message: str, parser: ArgumentParser) -> str:
-    """A parser's message on one line; where a key is unknown, the nearest known one beside it."""
-    text = " ".join(line.strip(" -|\t") for line in message.splitlines())
-    unknown = re.search(
-        r"""(?:[Uu]nrecognized arguments: --|ambiguous option: --|[Oo]ption '|Key '|nested key ['"]?)([\w.]+)""", text
-    )
-    if unknown is None:
-        return nearest_part(text)
-    names = known_names(parser)
-    parts = unknown[1].split(".")
-    nearest = [part if part in names else next(iter(get_close_matches(part, names, 1)), "") for part in parts]
-    if all(nearest) and nearest != parts:
-        return f"unknown key {unknown[1]!r}; did you mean {'.'.join(nearest)!r}?"
-    return text
-
-
-def nearest_part(text: str) -> str:
-    """A parser's message, shortened to the nearest known part where it is about one that does not exist."""
-    absent = re.search(r"""Parser key "(?:[\w.]+\.)?(\w+)":.* is abstract.*NestedArg\(key='([\w.]+)'""", text)
-    if absent is not None:
-        part, option = absent[1], absent[2]
-        return f"there is no {part} to give {option!r} to; choose one first, by its class: --...{part} CLASS"
-    if text.startswith("the following arguments are required"):
-        return f"{text}; give --ckpt_path CHECKPOINT, or -c CONFIG"
-    missing = re.search(
-        r"Problem with given class_path '([\w.]+)'.*?has no attribute|Expected a dot import path string: ([\w.]+)", text
-    )
-    if missing is None:
-        return text
-    given = missing[1] or missing[2]
-    parts = {
-        name: f"{room.__name__}.{name}"
-        for room in (callbacks, data, diffusion, loggers, metrics, networks, tables)
-        for name, part in vars(room).items()
-        if inspect.isclass(part) and part.__module__.startswith("diffusion_lit.")
-    }
-    nearest = get_close_matches(given.rpartition(".")[2], parts, 1)
-    if not nearest:
-        return text
-    return f"there is no {given}; did you mean {(parts[nearest[0]] if '.' in given else nearest[0])!r}?"
-
-
-def innermost(error: BaseException) -> BaseException:
-    """What the parser wrapped, where it did: an error raised by a part that it was making."""
-    while raised_by_parser(error) and isinstance(error.__cause__ or error.__context__, USER_ERRORS):
-        error = cast(BaseException, error.__cause__ or error.__context__)
-    return error
-
-
-def raised_by_parser(error: BaseException) -> bool:
-    """Whether the statement that raised an error is jsonargparse's own."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("jsonargparse")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -205,14 +124,7 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for callback, section in (
-            (EMA, "ema"),
-            (SampleGrid, "sample_grid"),
-            (Frechet, "frechet"),
-            (Evaluation, "evaluation"),
-            (Likelihood, "likelihood"),
-            (Checkpoints, "checkpoints"),
-        ):
+        for section, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, section)
         for target in ("model.init_args.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
@@ -225,6 +137,9 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(with_checkpoint_config(sys.argv[1:] if args is None else args))
+        seed = self.config[self.config.subcommand].seed_everything
+        if seed is None or not 0 <= int(seed) < 2**32:
+            raise ValueError(f"seed_everything={seed} must be within [0, {2**32 - 1}]")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the checkpoint's configuration stands before the arguments already, so that they win."""
@@ -235,6 +150,7 @@ class CLI(LightningCLI):
         for init_args in logger_arguments(trainer):
             if init_args.save_dir is None:
                 init_args.save_dir = trainer.default_root_dir
+        require_values(self.config[str(self.subcommand)], SECTIONS)
 
     def after_instantiate_classes(self) -> None:
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True, skip_none=False))

@@ -50,8 +50,13 @@ def fork(run: Callable[[], object], output: Path) -> int:
         os._exit(code)
 
 
-def in_two(run: Callable[[], object]) -> None:
-    """Calls `run` in this process and in a further one, as torchrun would have started them."""
+def in_two(run: Callable[[], object], patience: float = SECONDS / 2) -> None:
+    """Calls `run` in this process and in a further one, as torchrun would have started them.
+
+    Args:
+        run: What both call.
+        patience: Seconds that the further one is given once this one has ended.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -62,7 +67,7 @@ def in_two(run: Callable[[], object]) -> None:
         run()
     finally:
         # Whoever leads the group outlives the others, so that what these have to say is heard.
-        end = time.monotonic() + SECONDS / 2
+        end = time.monotonic() + patience
         status: int | None = None
         while other and status is None and time.monotonic() < end:
             ended, code = os.waitpid(other, os.WNOHANG)

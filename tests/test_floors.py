@@ -35,7 +35,7 @@ BELOW: dict[str, set[str]] = {
         "types", "images", "diffusion", "networks", "averaging", "generation", "module", "callbacks",
     },
 }  # fmt: skip
-ABOVE_ALL = {"cli", "__main__"}
+ABOVE_ALL = {"cli", "refusals", "__main__"}
 
 
 def room_of(file: str) -> str:

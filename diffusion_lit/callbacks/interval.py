@@ -8,14 +8,15 @@ class Interval:
 
     Args:
         steps: n; None: never.
+        key: What the user calls it.
 
     Raises:
         ValueError: If n < 1.
     """
 
-    def __init__(self, steps: int | None) -> None:
+    def __init__(self, steps: int | None, key: str = "every_n_steps") -> None:
         if steps is not None and steps < 1:
-            raise ValueError(f"every_n_steps={steps} must be at least 1, or null for never")
+            raise ValueError(f"{key}={steps} must be at least 1, or null for never")
         self.steps = steps
         self._last = 0
 

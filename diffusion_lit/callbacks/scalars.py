@@ -30,7 +30,7 @@ class Scalars(L.Callback):
         self._trainer: L.Trainer | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.interval = Interval(getattr(trainer, "log_every_n_steps", None) or None)
+        self.interval = Interval(getattr(trainer, "log_every_n_steps", None) or None, "log_every_n_steps")
         self.interval.start(trainer)
         sums = torch.zeros(2, QUARTERS + 1) if self._sums is None else self._sums
         if sums.ndim == 3:  # From a checkpoint: of every process.

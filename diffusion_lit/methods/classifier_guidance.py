@@ -107,7 +107,7 @@ class NoisyClassifierModule(L.LightningModule):
         return {"t": t, "losses": losses, "correct": (logits.argmax(1) == label).float()}
 
     def on_train_start(self) -> None:
-        self._interval = Interval(getattr(self.trainer, "log_every_n_steps", None) or None)
+        self._interval = Interval(getattr(self.trainer, "log_every_n_steps", None) or None, "log_every_n_steps")
         self._interval.start(self.trainer)
         self._tally = torch.zeros(2, QUARTERS, device=self.device)
 

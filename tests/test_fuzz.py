@@ -1,0 +1,202 @@
+"""Any configuration either trains two steps or ends in one line that says what to change."""
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from diffusion_lit import cli
+from tests import tiny
+from tests.test_cli import CPU, QUIET, fit_args
+
+MANY = int(os.environ.get("DIFFUSION_LIT_FUZZ", "2000"))
+D = "diffusion_lit.diffusion."
+M = "model.init_args."
+
+
+def part(name: str, **arguments: Any) -> st.SearchStrategy[Any]:
+    """A part by its class path, some of its arguments given."""
+    given = st.fixed_dictionaries({}, optional=arguments)
+    path = name if "." in name else D + name
+    return given.map(lambda chosen: {"class_path": path, "init_args": chosen} if chosen else {"class_path": path})
+
+
+whole = st.sampled_from([-1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 100, 1000, 1001, 10**9])
+real = st.sampled_from([-1.0, 0.0, 1e-30, 1e-4, 0.02, 0.5, 0.999, 1.0, 1.5, 3.0, 1e30, float("inf"), float("nan")])
+junk: st.SearchStrategy[Any] = st.sampled_from(["", "many", None, True, [], {}, [1], "Linear", -0.5, "runs/nowhere"])
+grid = st.one_of(*(part(name) for name in ("Uniform", "Quadratic", "Spanning", "Trailing")))
+fixed = st.one_of(part("FixedLarge"), part("FixedSmall"))
+schedule = st.one_of(
+    part("Linear", beta_start=real, beta_end=real),
+    part("ScaledLinear", beta_start=real, beta_end=real),
+    part("Cosine", offset=real),
+    part("Sqrt", offset=real),
+    part("Sigmoid", start=real, end=real, tau=real),
+)
+weighting = st.one_of(part("Simple"), part("Velocity"), part("MinSNR", gamma=real), part("Variational", variance=fixed))
+sampler = st.one_of(
+    part("DDIM", steps=whole | st.none(), eta=real, grid=grid, clip=st.booleans()),
+    part("Ancestral", steps=whole, variance=fixed | part("LearnedRange"), grid=grid, clip=st.booleans()),
+)
+optimizer = st.one_of(
+    part("torch.optim.AdamW", lr=real, weight_decay=real, betas=st.lists(real, min_size=2, max_size=2)),
+    part("torch.optim.SGD", lr=real, momentum=real, nesterov=st.booleans()),
+    part("torch.optim.RAdam", lr=real),
+)
+rate = st.one_of(
+    st.none(),
+    part("torch.optim.lr_scheduler.LinearLR", start_factor=real, total_iters=whole),
+    part("torch.optim.lr_scheduler.CosineAnnealingLR", T_max=whole, eta_min=real),
+    part("torch.optim.lr_scheduler.StepLR", step_size=whole, gamma=real),
+)
+numbers = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8]), max_size=4)
+OPTIONS: dict[str, st.SearchStrategy[Any]] = {
+    M + "network.init_args.width": st.sampled_from([-8, 0, 1, 8, 12, 16, 24]),
+    M + "network.init_args.image_size": st.sampled_from([0, 4, 8, 16]),
+    M + "network.init_args.in_channels": st.sampled_from([-1, 0, 1, 3]),
+    M + "network.init_args.out_channels": st.sampled_from([None, 0, 1, 2, 3]),
+    M + "network.init_args.multipliers": numbers,
+    M + "network.init_args.attention": numbers,
+    M + "network.init_args.num_blocks": st.sampled_from([-1, 0, 1, 2]),
+    M + "network.init_args.num_groups": st.sampled_from([-1, 0, 1, 3, 8]),
+    M + "network.init_args.num_heads": st.sampled_from([-1, 0, 1, 2, 3]),
+    M + "network.init_args.dropout": real,
+    M + "process.init_args.num_steps": st.sampled_from([-1, 0, 1, 2, 3, 10, 100, 1000]),
+    M + "process.init_args.network_steps": st.sampled_from([-1, 0, 1, 10, 1000, None]),
+    M + "process.init_args.schedule": schedule,
+    M + "parameterization": st.one_of(*(part(name) for name in ("Eps", "X0", "V", "PosteriorMean"))),
+    M + "objective": st.one_of(
+        part("DenoisingLoss", weighting=weighting),
+        part("Hybrid", weight=real),
+        part("VariationalBound", history=whole, uniform=real),
+    ),
+    M + "sampler": sampler,
+    M + "optimizer": optimizer,
+    M + "lr_scheduler": rate,
+    M + "guidance": st.none() | part("ClassifierFree", scale=real, rescale=real, interval=st.lists(real, max_size=3)),
+    M + "max_skipped_steps": st.sampled_from([None, -1, 0, 1, 5]),
+    "data.init_args.batch_size": st.sampled_from([-1, 0, 1, 2, 3, 8, 17]),
+    "data.init_args.num_workers": st.sampled_from([-1, 0]),
+    "data.init_args.flip": st.booleans(),
+    "data.init_args.eval_batch_size": st.sampled_from([-1, 0, 100]),
+    "ema.decays": st.lists(real, max_size=3),
+    "ema.warmup": st.booleans(),
+    "frechet.every_n_steps": st.sampled_from([-1, 0, 1, 2, None]),
+    "frechet.num_images": st.sampled_from([-1, 0, 1, 2, 3]),
+    "frechet.batch_size": st.sampled_from([-1, 0, 1, 2]),
+    "frechet.seed": st.sampled_from([-1, 0, 5]),
+    "frechet.sampler": st.none() | sampler,
+    "sample_grid.every_n_steps": st.sampled_from([-1, 0, 1, 2, None]),
+    "sample_grid.num_images": st.sampled_from([-1, 0, 1, 2]),
+    "sample_grid.batch_size": st.sampled_from([-1, 0, 1, 2]),
+    "sample_grid.sampler": sampler,
+    "checkpoints.every_n_steps": st.sampled_from([-1, 0, 1, 2]),
+    "checkpoints.keep_every_n_steps": st.sampled_from([-1, 0, 1, None]),
+    "checkpoints.keep_at_most": st.sampled_from([-1, 0, 1, None]),
+    "trainer.accumulate_grad_batches": st.sampled_from([-1, 0, 1, 2, 3]),
+    "trainer.gradient_clip_val": st.none() | real,
+    "trainer.log_every_n_steps": st.sampled_from([-1, 0, 1, 2]),
+    "trainer.val_check_interval": st.sampled_from([-1, 0, 1, 2, 0.5]),
+    "trainer.limit_val_batches": st.sampled_from([-1, 0, 1, 0.001]),
+    "trainer.precision": st.sampled_from(["32-true", "bf16-mixed", "16-mixed", "64-true", "8", "half"]),
+    "seed_everything": st.sampled_from([-1, 0, 2**32 - 1, 2**32, 2**64, True, None]),
+}
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """A few options of the digits recipe, by dotted key, with values good and bad."""
+    keys = draw(st.lists(st.sampled_from(sorted(OPTIONS)), min_size=1, max_size=5, unique=True))
+    return {key: draw(st.one_of(OPTIONS[key], OPTIONS[key], OPTIONS[key], OPTIONS[key], junk)) for key in keys}
+
+
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in options.items():
+        *folders, leaf = key.split(".")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = value
+    return tree
+
+
+def words(options: dict[str, Any]) -> set[str]:
+    """What a message may name: the keys that were set, at any depth."""
+    found: set[str] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if key == "class_path":
+                    found.add(str(inner).rpartition(".")[2])
+                elif key not in ("model", "init_args", "trainer", "data"):
+                    found.add(key)
+                walk(inner)
+
+    walk(nested(options))
+    return found
+
+
+def run(options: dict[str, Any]) -> str | None:
+    """Trains two steps; returns the line of a refusal."""
+    place = Path(tempfile.mkdtemp())
+    said = io.StringIO()
+    rare = ["--sample_grid.batch_size", "2", "--frechet.at_start", "false"]
+    try:
+        (place / "fuzz.yaml").write_text(yaml.safe_dump(nested(options)))
+        args = fit_args(place / "run", *QUIET, *rare, "-c", str(place / "fuzz.yaml"), *CPU)
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            try:
+                cli.main(args)
+            except SystemExit as end:
+                if end.code != 2:
+                    raise
+                lines = said.getvalue().splitlines()
+                assert [line for line in lines if "error: " in line] == lines[-1:]
+                assert lines[-1].startswith("diffusion_lit: error: ")
+                return lines[-1].removeprefix("diffusion_lit: error: ")
+        assert tiny.load(tiny.last(place / "run"))["global_step"] == 2
+        return None
+    finally:
+        shutil.rmtree(place)
+
+
+def check(options: dict[str, Any]) -> None:
+    line = run(options)
+    if line is not None:
+        assert "Traceback" not in line
+        assert len(line) < 900
+        assert any(word in line for word in words(options)), line
+
+
+common = settings(
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    print_blob=False,
+)
+
+
+@settings(common, max_examples=12, derandomize=True)
+@given(configurations())
+def test_a_configuration_trains_or_is_refused_in_one_line(options: dict[str, Any]) -> None:
+    check(options)
+
+
+@pytest.mark.slow
+@seed(int(os.environ.get("DIFFUSION_LIT_SEED", "0")))
+@settings(common, max_examples=MANY)
+@given(configurations())
+def test_many_configurations_train_or_are_refused_in_one_line(options: dict[str, Any]) -> None:
+    check(options)
