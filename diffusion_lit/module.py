@@ -30,6 +30,7 @@ from diffusion_lit.diffusion import (
 from diffusion_lit.diffusion.guidance import num_classes_of
 from diffusion_lit.generation import Request, check_labels
 from diffusion_lit.images import to_uint8
+from diffusion_lit.optimization import optimization
 from diffusion_lit.types import Batch, Condition, DenoiseFn, StepFn
 
 TRAINING, VALIDATION = 0, 1
@@ -211,13 +212,7 @@ class DiffusionModule(L.LightningModule):
         self.log(name, loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=x0.shape[0])
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameters())
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
-        }
+        return optimization(self.parameters(), self.make_optimizer, self.make_lr_scheduler)
 
     def configure_gradient_clipping(
         self,

@@ -105,16 +105,20 @@ def nearest_part(text: str) -> str:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What the parser wrapped, where it did: an error raised by a part that it was making."""
-    while raised_by_parser(error) and isinstance(error.__cause__ or error.__context__, USER_ERRORS):
+    """What was wrong to begin with, where another error hides it.
+
+    The parser wraps what a part raises that it was making; Lightning fails to close a loader that failed to open.
+    """
+    hiding = ("jsonargparse", "lightning.pytorch.utilities.combined_loader")
+    while raised_in(error, hiding) and isinstance(error.__cause__ or error.__context__, USER_ERRORS):
         error = cast(BaseException, error.__cause__ or error.__context__)
     return error
 
 
-def raised_by_parser(error: BaseException) -> bool:
-    """Whether the statement that raised an error is jsonargparse's own."""
+def raised_in(error: BaseException, modules: tuple[str, ...]) -> bool:
+    """Whether the statement that raised an error stands in one of some modules or packages."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("jsonargparse")
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith(modules)
 
 
 def require_values(config: Namespace, sections: dict[str, type]) -> None:

@@ -43,7 +43,7 @@ class Trainer(L.Trainer):
             that one may be busy alone, such as drawing a grid of samples.
 
     Raises:
-        ValueError: If the time is not positive.
+        ValueError: If the time or `accumulate_grad_batches` is not positive.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class Trainer(L.Trainer):
             kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
+        if self.accumulate_grad_batches < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches={self.accumulate_grad_batches} must be at least 1")
         if hasattr(self.strategy, "_timeout"):
             self.strategy._timeout = timedelta(seconds=process_timeout)
         self._signal_connector = StopSignals(self)

@@ -18,7 +18,8 @@ BELOW: dict[str, set[str]] = {
     "generation": {"types"},
     "averaging": {"types"},
     "loggers": set(),
-    "module": {"types", "images", "diffusion", "averaging", "generation"},
+    "optimization": set(),
+    "module": {"types", "images", "diffusion", "averaging", "generation", "optimization"},
     "callbacks": {
         "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module",
         "records",

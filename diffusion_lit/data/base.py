@@ -1,6 +1,7 @@
 """Sets of images, and the data module that turns one into batches."""
 
 import hashlib
+import multiprocessing
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -409,10 +410,16 @@ class ImageData(L.LightningDataModule, ABC):
                 where = "in memory" if isinstance(images, InMemoryImages) else "read as needed"
                 size = " x ".join(str(n) for n in (images.channels, images.image_size, images.image_size))
                 rank_zero_info(f"{images.name}: {len(images):,} images, {size}, {where}")
+                shared = self._workers(images) > 0
+                if shared:
+                    require_shared_memory(self.num_workers)
                 if self.on_corrupt == "skip":
                     flags = torch.zeros(len(images), dtype=torch.bool)
-                    self._unreadable[split] = flags.share_memory_()  # type: ignore[no-untyped-call]
+                    self._unreadable[split] = flags.share_memory_() if shared else flags  # type: ignore[no-untyped-call]
         return self._datasets[split]
+
+    def _workers(self, images: ImageDataset) -> int:
+        return 0 if isinstance(images, InMemoryImages) else self.num_workers
 
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -428,11 +435,10 @@ class ImageData(L.LightningDataModule, ABC):
         self, split: Split, batches: Sampler[list[Key]], training: bool = False, keep_workers: bool = True
     ) -> DataLoader[Batch]:
         images = self.dataset(split)
-        in_memory = isinstance(images, InMemoryImages)
-        if in_memory:
+        if isinstance(images, InMemoryImages):
             # Lightning advises more workers; for one gather per batch they only cost.
             warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
-        num_workers = 0 if in_memory else self.num_workers
+        num_workers = self._workers(images)
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return BatchLoader(
             Batches(images, training, self._unreadable.get(split)),
@@ -449,6 +455,21 @@ class ImageData(L.LightningDataModule, ABC):
 def as_is(batch: Any) -> Any:
     """The collate function of a data set that makes whole batches."""
     return batch
+
+
+def require_shared_memory(num_workers: int) -> None:
+    """Refuses worker processes where the system gives them nothing to share batches by.
+
+    Raises:
+        ValueError: If there is no shared memory.
+    """
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise ValueError(
+            f"num_workers={num_workers} needs shared memory, and /dev/shm cannot be used ({error.strerror}); "
+            "set data.init_args.num_workers=0"
+        ) from error
 
 
 def at_least(name: str, value: int, bound: int) -> None:

@@ -23,6 +23,7 @@ from diffusion_lit.diffusion import ClassifierGuidance, DiscreteProcess
 from diffusion_lit.diffusion.guidance import require_time
 from diffusion_lit.loggers import log_metrics
 from diffusion_lit.module import TRAINING, VALIDATION, restart_at_step, seed_step
+from diffusion_lit.optimization import optimization
 from diffusion_lit.types import Batch
 
 QUARTERS = 4
@@ -155,13 +156,7 @@ class NoisyClassifierModule(L.LightningModule):
             self.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameters())
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
-        }
+        return optimization(self.parameters(), self.make_optimizer, self.make_lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config

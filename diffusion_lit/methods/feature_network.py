@@ -22,6 +22,7 @@ from diffusion_lit.images import from_uint8
 from diffusion_lit.metrics import FeatureExtractor, exact_float32
 from diffusion_lit.module import TRAINING, restart_at_step, seed_step
 from diffusion_lit.networks import ConvClassifier
+from diffusion_lit.optimization import optimization
 from diffusion_lit.types import Batch
 
 
@@ -98,13 +99,7 @@ class FeatureNetworkModule(L.LightningModule):
             self.log_dict(scores, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch["image"]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameters())
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
-        }
+        return optimization(self.parameters(), self.make_optimizer, self.make_lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config

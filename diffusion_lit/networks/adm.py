@@ -352,7 +352,8 @@ class ADMUNet(Encoder):
         qkv_first: bool = False,
         checkpoint_blocks: bool = False,
     ) -> None:
-        check_shape("ADMUNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups)
+        ends = {"in_channels": in_channels, "out_channels": in_channels if out_channels is None else out_channels}
+        check_shape("ADMUNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups, ends)
         self._check_labels(num_classes, label_dropout)
         parts = Parts(
             4 * width,
@@ -480,9 +481,8 @@ class NoisyClassifier(Encoder):
         resblock_updown: bool = True,
         num_groups: int = 32,
     ) -> None:
-        check_shape("NoisyClassifier", image_size, width, multipliers, num_blocks, attention, dropout, num_groups)
-        if num_classes < 1:
-            raise ValueError(f"NoisyClassifier: num_classes={num_classes} must be at least 1; set how many there are")
+        ends = {"in_channels": in_channels, "num_classes": num_classes}
+        check_shape("NoisyClassifier", image_size, width, multipliers, num_blocks, attention, dropout, num_groups, ends)
         parts = Parts(4 * width, dropout, num_groups, 1, head_channels, scale_shift_norm, resblock_updown)
         super().__init__(image_size, in_channels, width, multipliers, num_blocks, attention, parts)
         self.num_classes = num_classes

@@ -115,8 +115,10 @@ def check_shape(
     attention: Sequence[int],
     dropout: float,
     num_groups: int,
+    ends: dict[str, int],
 ) -> None:
     """Refuses hyper-parameters that make no U-Net. They are those of `UNet`; messages begin with `network`.
+    `ends` holds the channels of its input and output, by name.
 
     Raises:
         ValueError: If the image size cannot be halved often enough, channels cannot be divided into groups, an
@@ -143,6 +145,9 @@ def check_shape(
                 f"{network}: attention at {resolution} pixels, but the resolutions are {resolutions}; "
                 "choose attention from these"
             )
+    for name, count in ends.items():
+        if count < 1:
+            raise ValueError(f"{network}: {name}={count} must be at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"{network}: dropout={dropout} must lie in [0, 1); DDPM uses 0.1 for CIFAR-10")
 

@@ -92,7 +92,8 @@ class UNet(nn.Module):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        check_shape("UNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups)
+        ends = {"in_channels": in_channels, "out_channels": in_channels if out_channels is None else out_channels}
+        check_shape("UNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups, ends)
         self.image_size = image_size
         self.in_channels = in_channels
         self.width = width
