@@ -27,7 +27,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train sample evaluate table-guidance test lint format clean
+.PHONY: help install demo train sample evaluate table-guidance bench test lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -59,6 +59,9 @@ evaluate: $(READY) ## score CKPT=... by the Frechet distance over N images, the 
 
 table-guidance: $(READY) ## score CKPT=... at several guidance scales: a table and a plot
 	$(NEEDS_CKPT)$(BIN)/python -m diffusion_lit.methods.guidance_table $(CKPT) $(if $(N),--num_images $(N)) $(ARGS)
+
+bench: $(READY) ## compare speed with diffusers on this machine; on a GPU ARGS="--device cuda --precision bf16"
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.suite $(ARGS)
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest $(ARGS)

@@ -34,7 +34,7 @@ NETWORKS: dict[str, tuple[int, Callable[[bool], UNet | ADMUNet]]] = {
 }  # fmt: skip
 
 
-class Living(TorchDispatchMode):
+class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that operations make, as long as they live.
 
     Attributes:
@@ -43,7 +43,7 @@ class Living(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.seen: set[int] = set()
 
