@@ -11,6 +11,10 @@ N      ?=
 ARGS   ?=
 # Beside other work, threads that spin while they wait cost everyone.
 export OMP_WAIT_POLICY ?= PASSIVE
+# On a CPU: large tensors stay with the process; otherwise glibc gives them back and fetches them again at each step.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
+export MALLOC_TOP_PAD_ ?= 268435456
 
 ifeq ($(GPUS),auto)
 DEVICES := --trainer.accelerator auto --trainer.devices auto
@@ -27,7 +31,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train sample evaluate table-guidance bench test lint format clean
+.PHONY: help install demo train sample evaluate table-ddim table-averages table-steps table-guidance bench test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -54,8 +58,17 @@ train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto; more options 
 sample: $(READY) ## generate N=64 images from CKPT=...
 	$(NEEDS_CKPT)$(RUN) predict --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--num_images $(N)) $(ARGS)
 
-evaluate: $(READY) ## score CKPT=... by the Frechet distance over N images, the recipe's number by default
-	$(NEEDS_CKPT)$(RUN) test --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--frechet.test_num_images $(N)) $(ARGS)
+evaluate: $(READY) ## score CKPT=... over N images, the recipe's number by default
+	$(NEEDS_CKPT)$(RUN) test --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--evaluation.num_images $(N)) $(ARGS)
+
+table-ddim: $(READY) ## score CKPT=... over steps and eta, as DDIM's table 1: a table and a plot
+	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--evaluation.num_images $(N)) $(ARGS)
+
+table-averages: $(READY) ## score the averages of the weights in CKPT=...
+	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) --table AverageTable $(if $(N),--evaluation.num_images $(N)) $(ARGS)
+
+table-steps: $(READY) ## score the snapshots of the run that CKPT=... is of
+	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) --table StepTable $(if $(N),--evaluation.num_images $(N)) $(ARGS)
 
 table-guidance: $(READY) ## score CKPT=... at several guidance scales: a table and a plot
 	$(NEEDS_CKPT)$(BIN)/python -m diffusion_lit.methods.guidance_table $(CKPT) $(if $(N),--num_images $(N)) $(ARGS)
@@ -65,6 +78,9 @@ bench: $(READY) ## compare speed with diffusers on this machine; on a GPU ARGS="
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest $(ARGS)
+
+test-slow: $(READY) ## run the long tests: kills, fuzzing, soak
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

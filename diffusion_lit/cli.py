@@ -1,4 +1,4 @@
-"""The command line: fit, validate, test and predict."""
+"""The command line: fit, validate, test, predict and table."""
 
 import argparse
 import inspect
@@ -22,16 +22,32 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
-from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, ProgressBar, SampleGrid, Scalars
-from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore, run_of
-from diffusion_lit.methods import classifier_guidance
+from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks, tables
+from diffusion_lit.callbacks import (
+    EMA,
+    Checkpoints,
+    Evaluation,
+    Frechet,
+    Likelihood,
+    Plots,
+    ProgressBar,
+    SampleGrid,
+    Scalars,
+)
+from diffusion_lit.callbacks.checkpoints import CARRIED, read_checkpoint, restore, run_of
+from diffusion_lit.callbacks.signals import Stopped
+from diffusion_lit.callbacks.storage import if_possible
+from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
-CARRIED = ("seed_everything", "model", "data", "ema", "sample_grid", "frechet", "checkpoints")
-TOOLS: dict[str, str] = {"prepare": "diffusion_lit.data.prepare"}
+TOOLS: dict[str, str] = {
+    "import": "diffusion_lit.exchange.import_weights",
+    "export": "diffusion_lit.exchange.export_weights",
+    "prepare": "diffusion_lit.data.prepare",
+    "reference": "diffusion_lit.statistics",
+}
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
 
@@ -49,9 +65,24 @@ class Parser(LightningArgumentParser):
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program with a one-line error."""
-    sys.stderr.write(f"diffusion_lit: error: {message}\n")
+    """Ends the program with a one-line error, which names the process where there are several."""
+    sys.stderr.write(f"diffusion_lit: error: {which_process()}{message}\n")
+    sys.stderr.flush()
     raise SystemExit(2)
+
+
+def which_process() -> str:
+    """Such as "rank 3: ", in one of several processes as launchers tell it; else nothing."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), None)
+    several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) != "1"
+    return f"rank {rank}: " if several and rank is not None else ""
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error is that of waiting for another process."""
+    return isinstance(error, torch.distributed.DistError) or (
+        type(error) is RuntimeError and ("gloo" in str(error).lower() or "nccl" in str(error).lower())
+    )
 
 
 def known_names(parser: ArgumentParser) -> set[str]:
@@ -61,7 +92,7 @@ def known_names(parser: ArgumentParser) -> set[str]:
         names.update(action.dest.split("."))
         for subparser in (action.choices if isinstance(action.choices, dict) else {}).values():
             names |= known_names(subparser)
-    for room in (callbacks, data, diffusion, loggers, metrics, networks, classifier_guidance):
+    for room in (callbacks, data, diffusion, loggers, metrics, networks, tables, classifier_guidance, feature_network):
         for part in vars(room).values():
             if inspect.isclass(part):
                 names.update(inspect.signature(part.__init__).parameters)
@@ -86,6 +117,10 @@ def one_line(message: str, parser: ArgumentParser) -> str:
 
 def nearest_part(text: str) -> str:
     """A parser's message, shortened to the nearest known part where it is about one that does not exist."""
+    absent = re.search(r"""Parser key "(?:[\w.]+\.)?(\w+)":.* is abstract.*NestedArg\(key='([\w.]+)'""", text)
+    if absent is not None:
+        part, option = absent[1], absent[2]
+        return f"there is no {part} to give {option!r} to; choose one first, by its class: --...{part} CLASS"
     if text.startswith("the following arguments are required"):
         return f"{text}; give --ckpt_path CHECKPOINT, or -c CONFIG"
     missing = re.search(
@@ -96,7 +131,7 @@ def nearest_part(text: str) -> str:
     given = missing[1] or missing[2]
     parts = {
         name: f"{room.__name__}.{name}"
-        for room in (callbacks, data, diffusion, loggers, metrics, networks)
+        for room in (callbacks, data, diffusion, loggers, metrics, networks, tables)
         for name, part in vars(room).items()
         if inspect.isclass(part) and part.__module__.startswith("diffusion_lit.")
     }
@@ -133,7 +168,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self.save_config(trainer, pl_module, "fit")
+            with if_possible(str(Path(trainer.default_root_dir) / self.config_filename)):
+                self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         config = self.config.clone()
@@ -173,15 +209,19 @@ class CLI(LightningCLI):
             (EMA, "ema"),
             (SampleGrid, "sample_grid"),
             (Frechet, "frechet"),
+            (Evaluation, "evaluation"),
+            (Likelihood, "likelihood"),
             (Checkpoints, "checkpoints"),
         ):
             parser.add_lightning_class_args(callback, section)
         for target in ("model.init_args.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
+        for name in ("extractor", "reference", "cache_dir"):
+            parser.link_arguments(f"frechet.{name}", f"evaluation.{name}")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict")}
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "table")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(with_checkpoint_config(sys.argv[1:] if args is None else args))
@@ -213,7 +253,7 @@ def with_checkpoint_config(args: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     path = parser.parse_known_args(args)[0].ckpt_path
-    if not args or args[0] not in ("validate", "test", "predict") or path is None:
+    if not args or args[0] not in ("validate", "test", "predict", "table") or path is None:
         return args
     config = dict(read_checkpoint(path).get("config") or {})
     if "model" not in config and not any(arg.startswith(("-c", "--config", "--model")) for arg in args):
@@ -251,9 +291,17 @@ def require_devices(trainer: Namespace) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; what a user got wrong ends in one line and exit code 2.
 
+    A run that is stopped by SIGTERM or SIGUSR1 ends in one line and exit code 75: it can go on.
+
     Set DIFFUSION_LIT_TRACEBACK=1 to see the traceback instead.
     """
     given = sys.argv[1:] if args is None else list(args)
+    for arg in given:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            name = arg.encode(errors="backslashreplace").decode()
+            fail(f"{name} is not UTF-8, as configurations are; rename it, or give a link to it")
     tool = TOOLS.get(given[0]) if given else None
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         # Advertisements would bury what a run says.
@@ -266,9 +314,16 @@ def main(args: Sequence[str] | None = None) -> None:
             CLI(given)
         else:
             import_module(tool).main(given[1:])
+    except Stopped as end:
+        if end.code:
+            sys.stderr.write(f"diffusion_lit: {end}\n")
+        raise
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise
         cause = innermost(error)
+        if lost_another(cause):
+            reason = " ".join(str(cause).split())
+            fail(f"another process has failed or does not answer, see its own error ({reason[:200]})")
         kind = f"{type(cause).__name__}: " if type(cause) in (TypeError, RuntimeError) else ""
         fail(kind + " ".join(str(cause).split()))

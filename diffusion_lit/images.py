@@ -54,7 +54,17 @@ def tile(images: Tensor, columns: int | None = None, tile_size: int = 64, gap: i
 
 
 def save_png(image: Tensor, path: Path | str) -> None:
-    """Writes an 8-bit (C, H, W) image as PNG, making the directory where needed."""
+    """Writes an 8-bit (C, H, W) image as PNG, making the directory where needed; whole or not at all.
+
+    Raises:
+        OSError: If that is not possible; a picture that was there is as before.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        to_pil(image).save(part, format="PNG")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

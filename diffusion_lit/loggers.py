@@ -32,25 +32,168 @@ def log_image(trainer: Trainer, name: str, path: Path) -> None:
             logger.log_image(name, [str(path)], step=trainer.global_step)
 
 
+class Table:
+    """Scalars in a CSV file that is whole at every moment.
+
+    Rows are appended and synced to disk. Where a row brings a new column, or a run goes on from an earlier step, the
+    file is written anew beside and renamed.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics: list[dict[str, Any]] = []
+        self._columns: list[str] | None = None
+        self._written = 0
+        self._step: int | None = None
+        self._limit: int | None = None
+
+    def __len__(self) -> int:
+        """Rows of this run, those that are not written yet included."""
+        self._open()
+        return self._written + len(self.metrics)
+
+    def go_on(self, step: int, rows: int | None) -> None:
+        """Drops what was written after the checkpoint that the run goes on from, with the next writing.
+
+        Args:
+            step: The checkpoint's; no row beyond it stays.
+            rows: How many rows there were then; None: not known.
+        """
+        self._step, self._limit, self._columns = step, rows, None
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Adds a row."""
+        self.metrics.append({name: float(value) for name, value in metrics.items()} | {"step": step})
+
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        """Nothing: the run's configuration is in its config.yaml."""
+
+    def save(self) -> None:
+        """Writes the rows that are not written yet.
+
+        Raises:
+            OSError: If that is not possible; the file is as before then, and the rows are kept for another try.
+        """
+        kept = self._open()
+        columns = self._columns or []
+        new = set().union(*self.metrics) - set(columns)
+        if new or kept is not None or not self.path.is_file():
+            rows = (read_rows(self.path) if kept is None else kept) + self.metrics
+            columns = sorted({*columns, *new})
+            if not rows and not self.path.is_file():
+                return
+            self._write_anew(columns, rows)
+            self._columns, self._written = columns, len(rows)
+            self._step = None
+        elif self.metrics:
+            self._append(columns)
+            self._written += len(self.metrics)
+        self.metrics = []
+
+    def _open(self) -> list[dict[str, Any]] | None:
+        """Looks at what the file holds when that is not known; returns the rows of it that stay if others do not."""
+        if self._columns is not None and self._step is None:
+            return None
+        rows = read_rows(self.path)
+        step, limit = self._step, len(rows) if self._limit is None else self._limit
+        kept = rows if step is None else [row for row in rows[:limit] if int(row["step"]) <= step]
+        self._columns, self._written = (list(rows[0]) if rows else []), len(kept)
+        return None if step is None else kept
+
+    def _write_anew(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f"{self.path.name}.part")
+        try:
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _append(self, columns: list[str]) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, columns).writerows(self.metrics)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `Table` without one that is torn at its end; none where there is no file."""
+    try:
+        with path.open(newline="") as file:
+            text = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines(keepends=True))
+    return [row for row in rows if None not in row and None not in row.values()]
+
+
 class CSV(CSVLogger):
-    """Scalars in <save_dir>/csv/version_<n>/metrics.csv, a version for each start of the run.
+    """Scalars in <save_dir>/csv/version_0/metrics.csv: one file of a run, however often it is interrupted.
 
     Args:
         save_dir: The run's directory; the command line fills it in.
-        flush_logs_every_n_steps: How often the file is written.
+        flush_logs_every_n_steps: How often the file is written, beside before every checkpoint.
     """
 
     def __init__(self, save_dir: str | None = None, flush_logs_every_n_steps: int = 100) -> None:
-        super().__init__(save_dir or ".", CURVES, flush_logs_every_n_steps=flush_logs_every_n_steps)
+        super().__init__(save_dir or ".", CURVES, version=0, flush_logs_every_n_steps=flush_logs_every_n_steps)
         self._flushed_at = 0
+        self._table = Table(Path(self.log_dir) / "metrics.csv")
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The table."""
+        return self._table
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the run has."""
+        return len(self._table)
+
+    def go_on(self, step: int, rows: int | None) -> None:
+        """See `Table.go_on`."""
+        self._table.go_on(step, rows)
+        self._flushed_at = step
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Writes the file by steps passed; Lightning's does so at steps that scalars every n steps never meet."""
-        super().log_metrics(dict(metrics), step)
+        self._table.log_metrics(metrics, step or 0)
         if step is not None and step - self._flushed_at >= self._flush_logs_every_n_steps:
             self.save()
             self._flushed_at = step
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes what is not written yet; where that is not possible, warns and keeps it for the next time."""
+        try:
+            self._table.save()
+        except OSError as error:
+            rank_zero_warn(f"{self._table.path} could not be written ({error.strerror or error}); training goes on")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def curves_of(trainer: Trainer) -> CSV | None:
+    """The logger that keeps a run's curves on disk, if there is one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, CSV)), None)
 
 
 def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -61,8 +204,7 @@ def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     versions = sorted(run_dir.glob(f"{CURVES}/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:]))
     for path in versions:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path)
         if rows:
             start = min(int(row["step"]) for row in rows)
             for curve in curves.values():

@@ -1,7 +1,9 @@
 """The LightningModule: wires process, network, parameterization, objective and sampler, and nothing else."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypedDict, cast
 
 import lightning.pytorch as L
@@ -48,6 +50,11 @@ def condition_of(batch: Batch | Request) -> Condition:
     return {k: cast(Tensor, v) for k, v in batch.items() if k not in ("image", "index")}
 
 
+def _of_part(on_step: StepFn, part: int, parts: int, done: int, total: int) -> None:
+    """Tells of a step of one of several parts as of a step of the whole."""
+    on_step(part * total + done, parts * total)
+
+
 def seed_step(seed: int, stream: int, rank: int, batch: int) -> None:
     """Seeds torch by what is being done, so that no two ranks or steps share noise and a resumed run repeats it."""
     state = np.random.SeedSequence([seed, stream, rank, batch]).generate_state(1, np.uint64)
@@ -72,6 +79,10 @@ def restart_at_step(checkpoint: dict[str, Any], accumulate: int) -> None:
         progress.update(dict.fromkeys(progress, 0))
 
 
+class NonFiniteGradients(RuntimeError):
+    """Gradients were infinite or not a number for too many steps in a row."""
+
+
 class DiffusionModule(L.LightningModule):
     """A denoising diffusion model: trains by its objective and samples by its sampler.
 
@@ -85,6 +96,9 @@ class DiffusionModule(L.LightningModule):
         lr_scheduler: Makes the learning-rate schedule from the optimiser, advanced every step; None: constant.
         seed: Decides times, noise and dropout while training.
         guidance: How sampling follows the label; None: as far as the network does by itself. Training is unguided.
+        max_skipped_steps: A step whose gradients are not finite changes nothing but the count of skipped steps; so many
+            in a row end training. To see them the host waits for the gradient norm at every step; None: it does not,
+            and such gradients reach the weights.
 
     Raises:
         ValueError: If parts do not fit together: see `Denoiser`, `Sampler.times` and `Guidance.check`.
@@ -101,8 +115,14 @@ class DiffusionModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
         guidance: Guidance | None = None,
+        max_skipped_steps: int | None = 10,
     ) -> None:
         super().__init__()
+        if max_skipped_steps is not None and max_skipped_steps < 1:
+            raise ValueError(
+                f"max_skipped_steps={max_skipped_steps} must be at least 1, or null; "
+                "set --model.init_args.max_skipped_steps"
+            )
         self.denoiser = Denoiser(network, parameterization, process)
         self.process = process
         self.objective = objective
@@ -117,11 +137,17 @@ class DiffusionModule(L.LightningModule):
         self.averages: WeightAverages | None = None
         self.restored_averages: dict[str, Any] | None = None
         self.load_weights = AVERAGED
+        self.loaded_weights = RAW
+        self.loaded_step: int | None = None
         self.generation_seed = 0
         self.config: dict[str, Any] = {}
         self.gradient_norm: Tensor | None = None
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
         self.seen_in_step: list[tuple[Tensor, Tensor]] = []
         self.on_sampling_step: StepFn | None = None
+        self.sampled_at_once: int | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -199,21 +225,61 @@ class DiffusionModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm, which Lightning would not tell, and keeps it for the log."""
+        """Clips by the global norm, which Lightning would not tell, and keeps it for the log.
+
+        Without gradients an optimiser leaves weights and its own state alone: so a step is skipped. The norm is of
+        gradients that all processes have summed, so that they agree.
+        """
         limit = gradient_clip_val or float("inf")
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
+        if self.max_skipped_steps is None or bool(self.gradient_norm.isfinite()):
+            self.skipped_in_a_row = 0
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            self.skipped_in_a_row += 1
+            self.skipped_steps += 1
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Averages right after the weights have moved, so that no callback's order matters.
 
         The objective too hears of whole steps only: one that is interrupted is done again when the run goes on.
+
+        Raises:
+            NonFiniteGradients: If `max_skipped_steps` in a row were skipped.
         """
         super().optimizer_step(*args, **kwargs)
-        t, losses = (torch.cat(column) for column in zip(*self.seen_in_step, strict=True))
+        seen = list(self.seen_in_step)
         self.seen_in_step.clear()
+        if self.skipped_in_a_row:
+            if self.skipped_in_a_row == self.max_skipped_steps:
+                raise NonFiniteGradients(self._why_stopped([losses for _, losses in seen]))
+            return
+        t, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         self.objective.observe(t, losses, self._gather)
         if self.averages is not None:
             self.averages.update(self)
+
+    def _why_stopped(self, losses: list[Tensor]) -> str:
+        """What a person needs to find the cause; collective.
+
+        Args:
+            losses: Of this process's images, a tensor (B,) for each micro-batch of the step.
+        """
+        step = self.trainer.global_step + 1
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        # Rank-major, as gathered, to the order of the step's images: micro-batch, rank, image.
+        by_rank = self._gather(torch.stack(losses).float()[None])
+        bad = (~by_rank.isfinite()).transpose(0, 1).flatten().tolist()
+        find = getattr(getattr(self.trainer, "datamodule", None), "images_of_step", None)
+        images = [] if find is None else find(step)
+        named = [image for image, is_bad in zip(images, bad, strict=False) if is_bad] or images
+        what = "images with non-finite losses" if any(bad) else "images of that step"
+        folder = f"{self.trainer.default_root_dir}/checkpoints/last.ckpt"
+        return (
+            f"gradients were not finite in {self.max_skipped_steps} steps in a row, the last of them step {step}, at a "
+            f"learning rate of {rate:.3g}; {what}: {', '.join(map(str, named)) or 'not known'}; the weights of step "
+            f"{step - self.skipped_in_a_row} are in {folder}; lower the learning rate, or look at these images"
+        )
 
     def _gather(self, tensor: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
@@ -248,6 +314,11 @@ class DiffusionModule(L.LightningModule):
             raise ValueError(f"weights={name!r} are not averaged; there are {[str(d) for d in self.averages.decays]}")
         return self.averages.swapped(self, name)
 
+    @property
+    def weights_name(self) -> str:
+        """Which weights the module holds: "raw", or the decay of their average, as a string."""
+        return (self.loaded_weights if self.averages is None else self.averages.in_place) or RAW
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`state_dict` becomes the primary average, which is what a reader of weights wants; the raw weights, from
         which training goes on, and further averages stand beside it.
@@ -256,6 +327,7 @@ class DiffusionModule(L.LightningModule):
         checkpoint["weights"] = RAW if self.averages is None else self.averages.primary
         if "optimizer_states" in checkpoint:
             checkpoint["objective"] = self.objective.state_dict()
+            checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
         if self.averages is None:
             return
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.averages.average()}
@@ -274,6 +346,7 @@ class DiffusionModule(L.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             restart_at_step(checkpoint, self.trainer.accumulate_grad_batches)
             self.objective.load_state_dict(checkpoint.get("objective", {}))
+            self.skipped_steps, self.skipped_in_a_row = checkpoint.get("skipped_steps", (0, 0))
             if averages is not None:
                 primary = checkpoint["state_dict"]
                 self.restored_averages = {"state": averages, "primary": primary}
@@ -286,6 +359,9 @@ class DiffusionModule(L.LightningModule):
         if self.load_weights not in choices:
             raise ValueError(f"weights={self.load_weights!r} are not in the checkpoint; it has {sorted(choices)}")
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **choices[self.load_weights]}
+        self.loaded_step = checkpoint.get("global_step")
+        averaged = self.load_weights == AVERAGED
+        self.loaded_weights = checkpoint.get("weights", RAW) if averaged else self.load_weights
 
     def _check_fits(self, state: dict[str, Tensor]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
@@ -302,7 +378,7 @@ class DiffusionModule(L.LightningModule):
     # Sampling
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Eval mode, no gradients and the trainer's precision; what was is restored."""
         modes = [(m, m.training) for m in self.modules()]
         precision = nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
@@ -335,6 +411,9 @@ class DiffusionModule(L.LightningModule):
     ) -> Tensor:
         """Generates images with the weights that the module holds.
 
+        Where memory does not suffice for all of them at once, half as many are made at a time, from then on; images
+        are the same up to rounding, because each depends on the seed and its index alone.
+
         Args:
             indices: Which images, (B,); image i depends on the seed and i alone.
             seed: At least 0.
@@ -348,13 +427,40 @@ class DiffusionModule(L.LightningModule):
 
         Raises:
             ValueError: If the condition does not fit the model or its guidance.
+            torch.OutOfMemoryError: If memory does not suffice for a single image.
         """
+        given = self.default_condition(indices) if condition is None else condition
+        on_step = on_step or self.on_sampling_step
+        at_once = min(len(indices), self.sampled_at_once or len(indices))
+        while True:
+            # Not inside the except clause: there the failed attempt's tensors are still held by its traceback.
+            try:
+                starts = range(0, len(indices), max(at_once, 1))
+                parts = [
+                    self._sample(
+                        indices[start : start + at_once],
+                        seed,
+                        sampler or self.sampler,
+                        {name: value[start : start + at_once] for name, value in given.items()},
+                        None if on_step is None else partial(_of_part, on_step, part, len(starts)),
+                    )
+                    for part, start in enumerate(starts)
+                ]
+                return torch.cat(parts) if parts else torch.empty(0, *self.image_shape, device=self.device)
+            except torch.OutOfMemoryError:
+                if at_once <= 1:
+                    raise
+            at_once = self.sampled_at_once = -(-at_once // 2)
+            warnings.warn(f"out of memory while sampling: going on with {at_once} images at once", stacklevel=2)
+            torch.cuda.empty_cache()
+
+    def _sample(
+        self, indices: Sequence[int], seed: int, sampler: Sampler, condition: Condition, on_step: StepFn | None
+    ) -> Tensor:
         noise = ImageNoise(seed, indices, self.image_shape, self.device)
-        denoise = self.bind(self.default_condition(indices) if condition is None else condition)
-        with self._evaluating():
-            return (sampler or self.sampler)(
-                denoise, noise.draw(), self.process, noise.draw, on_step or self.on_sampling_step
-            )
+        denoise = self.bind(condition)
+        with self.evaluating():
+            return sampler(denoise, noise.draw(), self.process, noise.draw, on_step)
 
     def default_condition(self, indices: Sequence[int]) -> Condition:
         """What images are of where nobody says: class i modulo the number of classes, if there are any."""
@@ -368,7 +474,7 @@ class DiffusionModule(L.LightningModule):
             sampler: Gives the grid.
             condition: Passed to the network.
         """
-        with self._evaluating():
+        with self.evaluating():
             return sampler.encode(self.bind(condition or {}), images.to(self.device), self.process)
 
     def decode(self, noise: Tensor, sampler: DDIM, condition: Condition | None = None) -> Tensor:
@@ -380,7 +486,7 @@ class DiffusionModule(L.LightningModule):
         if sampler.eta != 0:
             raise ValueError(f"decode: eta={sampler.eta} would add noise of its own; use eta=0")
         noise = noise.to(self.device)
-        with self._evaluating():
+        with self.evaluating():
             return sampler(self.bind(condition or {}), noise, self.process, lambda: torch.zeros_like(noise))
 
     def predict_step(self, batch: Request, batch_idx: int) -> Generated:

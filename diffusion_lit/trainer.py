@@ -1,19 +1,33 @@
-"""The Trainer behind the command line: what fit, validate, test and predict take and check."""
+"""The Trainer behind the command line: what fit, validate, test, predict and table take and check."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
 from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from diffusion_lit.callbacks.checkpoints import WholeFiles, last_checkpoint, read_checkpoint
+from diffusion_lit.callbacks import Evaluation, Likelihood
+from diffusion_lit.callbacks.checkpoints import (
+    WholeFiles,
+    has_run,
+    last_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    save,
+    tidy,
+)
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
+from diffusion_lit.callbacks.signals import StopSignals
 from diffusion_lit.generation import Request, Requests, asked_labels
+from diffusion_lit.loggers import curves_of
 from diffusion_lit.module import AVERAGED, DiffusionModule
+from diffusion_lit.tables import DDIMTable, Table, Tabulator
 
 LAST = "last"
 
@@ -22,9 +36,25 @@ class Trainer(L.Trainer):
     """Lightning's Trainer with whole-file checkpoints, our own sharding of data, and `predict` by number of images.
 
     A run is its directory, `default_root_dir`.
+
+    Args:
+        plugins: Lightning's; a checkpoint plugin takes the place of ours.
+        process_timeout: Seconds after which a process gives up waiting for another, of several; more than the longest
+            that one may be busy alone, such as drawing a grid of samples.
+
+    Raises:
+        ValueError: If the time is not positive.
     """
 
-    def __init__(self, *args: Any, plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
+        process_timeout: float = 1800.0,
+        **kwargs: Any,
+    ) -> None:
+        if not process_timeout > 0:
+            raise ValueError(f"trainer.process_timeout={process_timeout} must be above 0 seconds")
         given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]
@@ -32,6 +62,11 @@ class Trainer(L.Trainer):
             kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
+        if hasattr(self.strategy, "_timeout"):
+            self.strategy._timeout = timedelta(seconds=process_timeout)
+        self._signal_connector = StopSignals(self)
+        # Lightning's way to agree, once a batch; `Checkpoints` agrees once a step.
+        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def fit(  # type: ignore[override]
         self,
@@ -44,26 +79,40 @@ class Trainer(L.Trainer):
         Args:
             model: The model.
             datamodule: The data.
-            ckpt_path: A checkpoint to continue from, or "last": the run's own newest, if it has one.
+            ckpt_path: A checkpoint to continue from, or "last": the run's own newest that is whole, if it has one.
 
         Raises:
-            ValueError: If the run directory cannot be written to, or holds a run that would be overwritten.
+            ValueError: If the run directory cannot be written to, or holds a run that would be overwritten; or if the
+                checkpoint is damaged.
             FileNotFoundError: If the checkpoint is not there.
         """
         run_dir = Path(self.default_root_dir)
-        newest = last_checkpoint(run_dir)
-        if ckpt_path == LAST:
-            ckpt_path = str(newest) if newest.is_file() else None
-            rank_zero_info(f"continuing from {newest}" if ckpt_path else f"{newest} is not there: starting anew")
+        step: int = 0
+        rows: int | None = 0
+        found = newest_checkpoint(run_dir) if ckpt_path == LAST else None
+        if found is not None:
+            ckpt_path, checkpoint = str(found[0]), found[1]
+            rank_zero_info(f"continuing from {ckpt_path}")
+        elif ckpt_path == LAST:
+            ckpt_path = None
+            rank_zero_info(f"{last_checkpoint(run_dir)} is not there: starting anew")
+        elif ckpt_path is not None:
+            checkpoint = read_checkpoint(ckpt_path)
         if ckpt_path is not None:
-            read_checkpoint(ckpt_path)
+            step, rows = checkpoint.get("global_step", 0), checkpoint.get("curves")
+            del checkpoint
         if self.is_global_zero:
             require_writable(run_dir)
-            if ckpt_path is None and newest.is_file():
+            if ckpt_path is None and has_run(run_dir):
                 raise ValueError(
                     f"{run_dir} holds a run already: continue it with --ckpt_path last, or choose another directory "
                     "with --trainer.default_root_dir"
                 )
+            tidy(run_dir, None if found is None else found[0])
+        curves = curves_of(self)
+        if curves is not None:
+            curves.go_on(step, rows)
+        del found
         super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
 
     def validate(  # type: ignore[override]
@@ -91,7 +140,7 @@ class Trainer(L.Trainer):
         ckpt_path: str | None = None,
         weights: str = AVERAGED,
     ) -> Any:
-        """Computes the loss over the test images, and the Fréchet distance of generated images to the training set.
+        """Computes the loss over the test images and what `evaluation` and `likelihood` ask for.
 
         Args:
             model: The model.
@@ -158,6 +207,56 @@ class Trainer(L.Trainer):
             )
         finally:
             self.callbacks.remove(writer)  # type: ignore[attr-defined]
+
+    def table(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights: str = AVERAGED,
+        table: Table = DDIMTable(),
+    ) -> None:
+        """Fills a table of scores: <run>/table_<name>.md, .csv and .png. What is done already is not done again.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: The checkpoint to look at.
+            weights: "averaged", "raw", or the decay of a further average.
+            table: Over what: samplers (DDIMTable), averages (AverageTable) or training steps (StepTable).
+
+        Raises:
+            ValueError: If there is no checkpoint, or nothing to fill the table with.
+        """
+        if ckpt_path is None:
+            raise ValueError("table: give --ckpt_path CHECKPOINT")
+        self._choose(model, ckpt_path, weights)
+        callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
+        [evaluation] = [callback for callback in callbacks if isinstance(callback, Evaluation)]
+        tabulator = Tabulator(evaluation, table, Path(ckpt_path))
+        kept = list(callbacks)
+        callbacks[:] = [c for c in kept if not isinstance(c, Evaluation | Likelihood)] + [tabulator]
+        try:
+            super().test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+        finally:
+            callbacks[:] = kept
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint; collective. While training, one that cannot be written is a warning.
+
+        Args:
+            filepath: Where to.
+            weights_only: Whether to leave out what only training needs.
+            storage_options: For a checkpoint plugin of the user's.
+        """
+        if self.state.status != TrainerStatus.RUNNING or storage_options is not None:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            return
+        problem = save(self, os.fspath(filepath), weights_only)
+        if problem is not None:
+            rank_zero_warn(f"{problem}; training goes on")
 
     def _choose(self, model: L.LightningModule, ckpt_path: str | None, weights: str) -> None:
         if ckpt_path is not None:

@@ -27,7 +27,7 @@ QUIET = ["--trainer.enable_progress_bar", "false"]
 AVERAGES = ["--ema.decays", "[0.9, 0.5]", "--ema.warmup", "false"]
 SMALL = [
     *("--model.network.init_args.width", "16", "--model.network.init_args.num_groups", "8"),
-    *("--frechet.num_images", "4", "--frechet.test_num_images", "6", "--frechet.batch_size", "4"),
+    *("--frechet.num_images", "4", "--evaluation.num_images", "6", "--frechet.batch_size", "4"),
     *("--sample_grid.num_images", "2", "--sample_grid.sampler.init_args.steps", "2"),
     *("--model.sampler.init_args.steps", "3", "--data.init_args.batch_size", "16"),
 ]
@@ -422,6 +422,13 @@ def test_an_incomplete_command_says_what_is_missing(
     refused: Callable[[list[str]], str], args: list[str], part: str
 ) -> None:
     assert part in refused(args)
+
+
+def test_an_option_of_a_part_that_the_model_does_not_have_says_to_choose_one(
+    refused: Callable[[list[str]], str], checkpoint: str
+) -> None:
+    line = refused(["predict", "--ckpt_path", checkpoint, *CPU, "--model.guidance.init_args.scale", "2"])
+    assert line == "there is no guidance to give 'scale' to; choose one first, by its class: --...guidance CLASS"
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

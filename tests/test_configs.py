@@ -10,10 +10,14 @@ from torch import nn
 
 from diffusion_lit import cli
 from diffusion_lit.diffusion import DDIM, Ancestral, FixedLarge, FixedSmall
+from diffusion_lit.networks import NoisyClassifier
 from diffusion_lit.networks.layers import ResBlock
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
+CLASSIFIERS = sorted(f"guidance/{path.stem}" for path in CONFIGS.glob("guidance/*_classifier.yaml"))
+# What each of the other recipes in configs/guidance/ guides.
+GUIDED = {"digits": "digits", **{f"imagenet{size}": f"adm_imagenet{size}" for size in (64, 128, 256)}}
 
 
 class OnlyParts(cli.CLI):
@@ -23,10 +27,14 @@ class OnlyParts(cli.CLI):
         """Nothing is run."""
 
 
-def instantiate(recipe: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> OnlyParts:
-    # Weights are not looked at; without them a network of 113 M takes no time and, never touched, no memory.
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are not looked at; without them a network of 113 M takes no time and, never touched, no memory."""
     for name in ("kaiming_uniform_", "xavier_uniform_", "uniform_", "zeros_", "ones_", "normal_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+
+
+def instantiate(recipe: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> OnlyParts:
+    without_weights(monkeypatch)
     args = ["fit", "-c", str(CONFIGS / "base.yaml"), "-c", str(CONFIGS / f"{recipe}.yaml")]
     return OnlyParts([*args, "--trainer.accelerator", "cpu", "--trainer.devices", "1", *more])
 
@@ -35,11 +43,12 @@ def test_there_is_a_recipe_for_everything_promised() -> None:
     assert {"digits", "cifar10", "lsun_church", "lsun_bedroom", "lsun_cat", "folder"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *CLASSIFIERS])
 def test_every_recipe_instantiates_without_touching_data(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate(recipe, monkeypatch)
     assert made.datamodule.image_shape == made.model.image_shape
-    made.model.sampler.times(made.model.process)
+    if recipe not in CLASSIFIERS:
+        made.model.sampler.times(made.model.process)
     assert not list(Path.cwd().iterdir())
     first = (CONFIGS / f"{recipe}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ")
@@ -94,6 +103,65 @@ def test_a_paper_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch:
     torch.testing.assert_close(alpha**2, torch.stack([1 - betas[0], (1 - betas).prod()]), rtol=1e-12, atol=0)
 
 
+# Dhariwal & Nichol 2021, table 12, and their command: parameters, batch, learning rate, weight decay, steps.
+PAPER_CLASSIFIERS = {
+    "imagenet64": (65_438_568, 1024, 6e-4, 0.2, 300_000),
+    "imagenet128": (42_568_040, 256, 3e-4, 0.05, 300_000),
+    "imagenet256": (54_096_360, 256, 3e-4, 0.05, 500_000),
+}
+
+
+@pytest.mark.parametrize("recipe", PAPER_CLASSIFIERS)
+def test_a_classifier_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, batch, rate, decay, steps = PAPER_CLASSIFIERS[recipe]
+    made = instantiate(f"guidance/{recipe}_classifier", monkeypatch)
+    model, data, trainer = made.model, made.datamodule, made.trainer
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.network.num_classes == 1000
+    assert (data.batch_size, data.flip, trainer.max_steps) == (batch, True, steps)
+    assert not trainer.gradient_clip_val
+    optimizer = model.make_optimizer([nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["weight_decay"] == decay
+    scheduler = model.make_lr_scheduler(optimizer)
+    annealed = [optimizer.param_groups[0]["lr"]]
+    for _ in range(9):
+        optimizer.step()
+        scheduler.step()
+        annealed.append(optimizer.param_groups[0]["lr"])
+    assert annealed == pytest.approx([rate * (1 - step / steps) for step in range(10)], rel=1e-9)
+    assert scheduler.total_iters == steps
+
+
+@pytest.mark.parametrize("recipe", GUIDED)
+def test_a_sampling_recipe_guides_its_model_by_the_classifier_of_its_training_recipe(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = yaml.safe_load((CONFIGS / "guidance" / f"{recipe}.yaml").read_text())
+    wanted = overlay["model"]["init_args"]["guidance"]["init_args"]
+    training = yaml.safe_load((CONFIGS / "guidance" / f"{recipe}_classifier.yaml").read_text())
+    assert wanted["checkpoint"] == f"{training['trainer']['default_root_dir']}/checkpoints/last.ckpt"
+    # As `fit` would have left it, but for fewer channels: at full width it would take a quarter of a gigabyte.
+    config = training["model"]
+    network = {**config["init_args"]["network"]["init_args"], "width": 4, "num_groups": 4, "head_channels": 4}
+    config["init_args"]["network"]["init_args"] = network
+    place = Path.cwd() / wanted["checkpoint"]
+    place.parent.mkdir(parents=True)
+    state = NoisyClassifier(**network).state_dict()
+    torch.save({"state_dict": {f"network.{k}": v for k, v in state.items()}, "config": {"model": config}}, place)
+    files = ("base.yaml", f"{GUIDED[recipe]}.yaml", f"guidance/{recipe}.yaml")
+    without_weights(monkeypatch)
+    args = [word for file in files for word in ("-c", str(CONFIGS / file))]
+    made = OnlyParts(["predict", *args, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
+    guidance = made.model.guidance
+    assert guidance.scale == {"digits": 2.0, "imagenet64": 1.0, "imagenet128": 0.5, "imagenet256": 1.0}[recipe]
+    assert made.model.num_classes == network["num_classes"]
+    guidance.check(made.model.denoiser)
+    if recipe.startswith("imagenet"):
+        assert type(made.model.sampler) is Ancestral
+        assert len(made.model.sampler.times(made.model.process)) == 251
+
+
 @pytest.mark.parametrize(
     ("recipe", "rate", "warmup"), [("cifar10", 2e-4, 5000), ("lsun_cat", 2e-5, 5000), ("folder", 1e-4, 1000)]
 )
@@ -121,7 +189,7 @@ def test_overlays_hold_only_what_differs_from_the_base() -> None:
         return {k: v for key, value in tree.items() for k, v in leaves(value, (*path, key)).items()}
 
     base = leaves(yaml.safe_load((CONFIGS / "base.yaml").read_text()))
-    for recipe in RECIPES:
+    for recipe in [*RECIPES, *CLASSIFIERS]:
         overlay = leaves(yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text()))
         assert not [key for key, value in overlay.items() if base.get(key, object()) == value], recipe
 
@@ -129,6 +197,9 @@ def test_overlays_hold_only_what_differs_from_the_base() -> None:
 def test_while_training_a_score_uses_fewer_images_than_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate("cifar10", monkeypatch)
     [frechet] = [c for c in callbacks_of(made) if type(c).__name__ == "Frechet"]
-    assert (frechet.requests.num_images, frechet.test_requests.num_images) == (10_000, 50_000)
+    [evaluation] = [c for c in callbacks_of(made) if type(c).__name__ == "Evaluation"]
+    assert (frechet.requests.num_images, evaluation.requests.num_images) == (10_000, 50_000)
     assert isinstance(frechet.sampler, DDIM)
+    assert evaluation.sampler is None
+    assert type(evaluation.extractor) is type(frechet.extractor)
     assert frechet.name == "fid"

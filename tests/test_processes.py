@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Scalars
+from diffusion_lit.callbacks import EMA, Checkpoints, Evaluation, Frechet, Likelihood, Scalars
 from diffusion_lit.diffusion import Denoiser, Objective
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import read_curves
-from diffusion_lit.metrics import Pixels
+from diffusion_lit.metrics import KID, FrechetDistance, Pixels, PrecisionRecall
+from diffusion_lit.records import RESULTS, read_records
 from diffusion_lit.types import Condition
 from tests import tiny
 from tests.tiny import identical, last, load
@@ -149,6 +150,16 @@ def generate(count: int, place: Path) -> None:
     made.predict(tiny.module(), num_images=10, batch_size=4, seed=5, out=str(place / "out"))
 
 
+def evaluate(count: int, place: Path) -> None:
+    """All scores and the bound of an untrained model."""
+    scores = [FrechetDistance(), PrecisionRecall(), KID(subsets=3, subset_size=8)]
+    settings: dict[str, Any] = {"num_images": 22, "batch_size": 4, "cache_dir": str(place / "cache")}
+    evaluation = Evaluation(scores, Pixels(2), **settings)
+    likelihood = Likelihood("train", num_images=30, num_terms=5, batch_size=4)
+    made = trainer(count, place, 1, [evaluation, likelihood], logger=False, limit_test_batches=1)
+    made.test(tiny.module(), tiny.data())
+
+
 def fail(count: int, place: Path) -> None:
     """One process fails; the run ends all the same and keeps a checkpoint."""
 
@@ -164,14 +175,14 @@ def fail(count: int, place: Path) -> None:
         os._exit(0)
 
 
-SCENARIOS = (train, score, resume, generate, fail)
+SCENARIOS = (train, score, resume, generate, evaluate, fail)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Where one process, and where two wrote what they saw."""
     one, two = (tmp_path_factory.mktemp(f"processes_{count}") for count in (1, 2))
-    for scenario in (train, score, generate):
+    for scenario in (train, score, generate, evaluate):
         (one / scenario.__name__).mkdir()
         scenario(1, one / scenario.__name__)
     two_processes(two)
@@ -225,6 +236,19 @@ def test_a_frechet_distance_does_not_depend_on_the_number_of_processes(places: l
     # Fewer images than features: roots of eigenvalues near 1e-17 remain.
     assert one == pytest.approx(first, rel=1e-8)
     assert one > 0.1
+
+
+def test_no_score_depends_on_the_number_of_processes(places: list[Path]) -> None:
+    (images, bound), (images_of_two, bound_of_two) = (read_records(place / "evaluate" / RESULTS) for place in places)
+    assert [record["processes"] for record in (images, images_of_two, bound_of_two)] == [1, 2, 2]
+    # Features are made by batches and added up in one order, so that not even the last bit differs; the real images'
+    # covariance is added up by each process on its own.
+    assert images["scores"].pop("frechet/pixels") == pytest.approx(
+        images_of_two["scores"].pop("frechet/pixels"), rel=1e-8
+    )
+    assert images["scores"] == images_of_two["scores"]
+    assert bound["scores"] == bound_of_two["scores"]
+    assert images["references"][0]["count"] == images_of_two["references"][0]["count"] == 1797
 
 
 def test_two_processes_resume_bit_for_bit(places: list[Path]) -> None:

@@ -2,31 +2,31 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion_lit.callbacks.checkpoints import FOLDER
+from diffusion_lit.callbacks.collective import reduce_sum
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
+from diffusion_lit.callbacks.real_images import RealImages
 from diffusion_lit.callbacks.sample_grid import check_sampler
 from diffusion_lit.callbacks.scalars import images_seen
-from diffusion_lit.data.base import ImageData
 from diffusion_lit.diffusion import Sampler
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
 from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor
 from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
-from diffusion_lit.metrics.reference import Reference, WrongImageCount, cache_path, cached_reference, compute_reference
 from diffusion_lit.module import DiffusionModule
 
 
 class Frechet(L.Callback):
-    """Scores the averaged model while it trains, and any checkpoint in `test`.
+    """Scores the averaged model while it trains; `Evaluation` scores checkpoints.
 
     With Inception features the scalar is called `fid`, with others `frechet/<extractor>`. The best model by this
     score is kept as <run>/checkpoints/best.ckpt.
@@ -34,8 +34,7 @@ class Frechet(L.Callback):
     Args:
         extractor: Makes features of 8-bit images.
         every_n_steps: Optimiser steps between scores; null: never while training.
-        num_images: Images generated for a score while training.
-        test_num_images: Images generated for a score in `test`.
+        num_images: Images generated for a score.
         batch_size: Images generated at once by each process.
         sampler: How images are generated; null: by the model's own sampler.
         seed: Decides their noise.
@@ -54,7 +53,6 @@ class Frechet(L.Callback):
         extractor: FeatureExtractor | nn.Module = Inception(),
         every_n_steps: int | None = None,
         num_images: int = 10_000,
-        test_num_images: int = 50_000,
         batch_size: int = 256,
         sampler: Sampler | None = None,
         seed: int = 0,
@@ -63,17 +61,14 @@ class Frechet(L.Callback):
         at_start: bool = False,
     ) -> None:
         self.extractor = as_extractor(extractor)
+        self.real = RealImages(self.extractor, reference, cache_dir)
         self.interval = Interval(every_n_steps)
         self.requests = Requests(num_images, batch_size)
-        self.test_requests = Requests(test_num_images, batch_size)
         self.sampler = sampler
         self.seed = seed
-        self.reference_file = reference
-        self.cache_dir = cache_dir
         self.at_start = at_start
         self.best: float | None = None
         self.best_step: int | None = None
-        self._reference: Reference | None = None
         self._scored_at: int | None = None
 
     @property
@@ -81,66 +76,13 @@ class Frechet(L.Callback):
         """What the scalar is called."""
         return self.extractor.metric_name
 
-    def _wanted(self, stage: str) -> bool:
-        return stage == "test" or (stage == "fit" and self.interval.steps is not None)
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gets hold of the extractor's weights, or says on all processes why it cannot, before anything long starts."""
-        if not self._wanted(stage) or not isinstance(pl_module, DiffusionModule):
+        if stage != "fit" or self.interval.steps is None or not isinstance(pl_module, DiffusionModule):
             return
         if self.sampler is not None:
             check_sampler(self.sampler, pl_module.process, "frechet")
-        if self.reference_file is not None and not Path(self.reference_file).is_file():
-            raise FileNotFoundError(f"frechet.reference={self.reference_file}: there is no such file")
-        error: Exception | None = None
-        if trainer.local_rank == 0:
-            try:
-                self.extractor.prepare()
-            except (RuntimeError, ValueError, OSError) as problem:
-                error = problem
-        message = trainer.strategy.broadcast(None if error is None else str(error))
-        if error is not None:
-            raise error
-        if message is not None:
-            raise RuntimeError(message)
-        self.extractor.prepare()
-
-    def _reduce(self, trainer: L.Trainer, tensor: Tensor) -> Tensor:
-        return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="sum"))
-
-    def reference(self, trainer: L.Trainer, module: L.LightningModule) -> Reference:
-        """The real images' statistics: from the given file, from the cache, or computed by all processes."""
-        if self._reference is not None:
-            return self._reference
-        self.extractor.to(module.device)
-        reduce_sum = partial(self._reduce, trainer)
-        if self.reference_file is not None:
-            self._reference = Reference.load(self.reference_file, self.extractor)
-            return self._reference
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ImageData):
-            raise ValueError("a Fréchet distance needs real images: give --data, or statistics by --frechet.reference")
-        images = data.dataset("train")
-        path = cache_path(
-            self.cache_dir, images.fingerprint(), self.extractor.fingerprint(), resolution=images.image_size
-        )
-
-        def compute() -> Reference:
-            rank_zero_info(f"{self.name}: computing reference statistics of {images.name}, {len(images):,} images")
-            batches = data.reference_batches(trainer.global_rank, trainer.world_size, self.requests.batch_size)
-            reference = compute_reference(batches, self.extractor, module.device, reduce_sum, name=images.name)
-            share = torch.tensor(
-                data.num_images("train", trainer.global_rank, trainer.world_size), device=module.device
-            )
-            readable = int(reduce_sum(share))
-            if reference.count != readable:
-                raise WrongImageCount(f"{images.name}: counted {reference.count} images of {readable}")
-            return reference
-
-        self._reference = cached_reference(
-            path, compute, self.extractor, module.device, reduce_sum, write=trainer.local_rank == 0
-        )
-        return self._reference
+        self.real.prepare(trainer)
 
     def score(self, trainer: L.Trainer, module: DiffusionModule, requests: Requests) -> float:
         """Generates all requested images over all processes and compares them; collective.
@@ -151,14 +93,14 @@ class Frechet(L.Callback):
         Raises:
             ValueError: If not exactly the images asked for were counted.
         """
-        reference = self.reference(trainer, module)
+        reference = self.real.gaussian(trainer, module.device, requests.batch_size)
         self.extractor.to(module.device).eval()
         moments = FeatureMoments(self.extractor.num_features, module.device)
         with module.averaged_weights(), sampling_bar(trainer, module, requests, self.name), torch.no_grad():
             for request, count in requests.of_rank(trainer.global_rank, trainer.world_size):
                 images = module.sample(request["index"].tolist(), self.seed, self.sampler)
                 moments.update(self.extractor(to_uint8(images[:count])))
-        moments = moments.reduce(partial(self._reduce, trainer))
+        moments = moments.reduce(partial(reduce_sum, trainer))
         if moments.count != requests.num_images:
             raise ValueError(f"{self.name}: counted {moments.count} images instead of {requests.num_images}")
         mu, sigma = moments.mean_and_covariance()
@@ -166,8 +108,8 @@ class Frechet(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.interval.start(trainer)
-        if self._wanted("fit") and isinstance(pl_module, DiffusionModule):
-            self.reference(trainer, pl_module)
+        if self.interval.steps is not None and isinstance(pl_module, DiffusionModule):
+            self.real.gaussian(trainer, pl_module.device, self.requests.batch_size)
             if self.at_start and trainer.global_step == 0:
                 self._score_and_log(trainer, pl_module)
 
@@ -178,7 +120,7 @@ class Frechet(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         done = self._scored_at == trainer.global_step or trainer.interrupted
-        if self._wanted("fit") and not done and isinstance(pl_module, DiffusionModule):
+        if self.interval.steps is not None and not done and isinstance(pl_module, DiffusionModule):
             self._score_and_log(trainer, pl_module)
 
     def _score_and_log(self, trainer: L.Trainer, module: DiffusionModule) -> float:
@@ -190,11 +132,6 @@ class Frechet(L.Callback):
             self.best, self.best_step = value, trainer.global_step
             trainer.save_checkpoint(Path(trainer.default_root_dir) / FOLDER / "best.ckpt", weights_only=False)
         return value
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, DiffusionModule):
-            value = self.score(trainer, pl_module, self.test_requests)
-            pl_module.log(self.name, value, sync_dist=False, rank_zero_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.loggers import read_curves
 
 Curve = list[tuple[int, float]]
@@ -30,7 +31,8 @@ class Plots(L.Callback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()
-            plot_run(Path(trainer.default_root_dir))
+            with if_possible("the plots of the run"):
+                plot_run(Path(trainer.default_root_dir))
 
 
 def closing_words(run_dir: Path) -> list[str]:
@@ -93,5 +95,11 @@ def _draw(curves: dict[str, Curve], title: str, path: Path, smooth: bool) -> Pat
     axes.set(xlabel="optimiser step", ylabel=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, dpi=110, format="png")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     return path

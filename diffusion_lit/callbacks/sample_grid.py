@@ -7,6 +7,7 @@ import torch
 
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
+from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.diffusion import DDIM, DiscreteProcess, Sampler
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import save_png, tile, to_uint8
@@ -71,9 +72,10 @@ class SampleGrid(L.Callback):
             grid = tile(torch.cat(images))
             run_dir = Path(trainer.default_root_dir)
             path = run_dir / "samples" / f"step_{trainer.global_step:08d}.png"
-            save_png(grid, path)
-            save_png(grid, run_dir / "samples.png")
-            log_image(trainer, "samples", path)
+            with if_possible(str(path)):
+                save_png(grid, path)
+                save_png(grid, run_dir / "samples.png")
+                log_image(trainer, "samples", path)
         trainer.strategy.barrier("sample_grid")
 
 

@@ -16,8 +16,8 @@ QUARTERS = 4
 class Scalars(L.Callback):
     """Logs loss, loss by quarter of t, gradient norm, learning rate and images/s every `trainer.log_every_n_steps`.
 
-    Losses are means over all images of all processes since the last time. They are summed on the device, so that
-    a step never waits for the host.
+    Losses are means over all images of all processes since the last time, skipped steps apart. They are summed on the
+    device, so that a step does not wait for the host.
     """
 
     def __init__(self) -> None:
@@ -61,28 +61,31 @@ class Scalars(L.Callback):
             return
         # A step that is interrupted between its batches is done again, so none of it may count before its end.
         self._step = trainer.global_step
-        self._sums += self._of_step
+        if not getattr(pl_module, "skipped_in_a_row", 0):
+            self._sums += self._of_step
         self._of_step.zero_()
         if self.interval.due(trainer):
             self._log(trainer, pl_module, self._sums)
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule, sums: Tensor) -> None:
         total = trainer.strategy.reduce(sums.clone(), reduce_op="sum")
-        (*by_quarter, loss), (*counts, _) = ((total[0] / total[1].clamp(min=1)).tolist(), total[1].tolist())
-        metrics = {"train/loss": loss}
-        for i, (value, count) in enumerate(zip(by_quarter, counts, strict=True)):
-            if count:
+        (*by_quarter, loss), (*counts, count) = ((total[0] / total[1].clamp(min=1)).tolist(), total[1].tolist())
+        metrics = {"train/loss": loss} if count else {}
+        for i, (value, of_quarter) in enumerate(zip(by_quarter, counts, strict=True)):
+            if of_quarter:
                 metrics[f"train/loss_t_{i / QUARTERS:.2f}_{(i + 1) / QUARTERS:.2f}"] = value
         norm = getattr(module, "gradient_norm", None)
         if norm is not None:
             metrics["train/gradient_norm"] = float(norm)
+        metrics["train/skipped_steps"] = getattr(module, "skipped_steps", 0)
         metrics["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         now = time.perf_counter()
         if self._started is not None:
             metrics["train/images_per_s"] = self._images * trainer.world_size / (now - self._started)
         metrics[IMAGES_SEEN] = images_seen(trainer)
         log_metrics(trainer, metrics)
-        module.log("train/loss", loss, prog_bar=True, logger=False)
+        if count:
+            module.log("train/loss", loss, prog_bar=True, logger=False)
         sums.zero_()
         self._started, self._images = None, 0
 

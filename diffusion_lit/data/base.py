@@ -319,6 +319,15 @@ class ImageData(L.LightningDataModule, ABC):
         )
         return self._loader("train", stream, training=True)
 
+    def images_of_step(self, step: int) -> list[int]:
+        """Which training images an optimiser step sees, of all processes and micro-batches, in order.
+
+        Args:
+            step: At least 1.
+        """
+        stream = TrainingStream(len(self.dataset("train")), self.batch_size, seed=self.seed)
+        return [index for index, _ in stream.keys((step - 1) * self.batch_size, self.batch_size)]
+
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """One pass over the validation images; if there are none, Lightning's way to skip it: []."""
         if self._load("val") is None:
@@ -360,6 +369,15 @@ class ImageData(L.LightningDataModule, ABC):
         """
         for batch in self.stored_batches(rank, world_size, batch_size, split):
             yield batch["image"]
+
+    def some(self, indices: Sequence[int], split: Split = "train") -> Batch:
+        """Images of a part by number, as stored: `image` uint8 (B, C, H, W), and `label` where there are classes.
+
+        Where unreadable images are left out, B is smaller.
+        """
+        images = self.dataset(split)
+        batches = Batches(images, training=False, unreadable=self._unreadable.get(split))
+        return batches.__getitems__([(index, False) for index in indices])
 
     def stored_batches(self, rank: int, world_size: int, batch_size: int, split: Split = "train") -> Iterator[Batch]:
         """As `reference_batches`, with labels where there are classes."""

@@ -178,7 +178,10 @@ class FolderImages(ImageDataset):
 
 
 def find(root: Path) -> Iterator[str]:
-    """Yields the image files below a folder, relative to it, in order; never walks in a circle of links."""
+    """Yields the image files below a folder, relative to it, in order; never walks in a circle of links.
+
+    A link that leads nowhere is yielded, to be named as unreadable; a pipe, which would never end, is not.
+    """
     seen: set[str] = set()
 
     def walk(folder: str, prefix: str) -> Iterator[str]:
@@ -190,7 +193,7 @@ def find(root: Path) -> Iterator[str]:
         for entry in visible:
             if entry.is_dir():
                 yield from walk(entry.path, f"{prefix}{entry.name}/")
-            elif entry.name.lower().endswith(EXTENSIONS):
+            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
                 yield prefix + entry.name
 
     yield from walk(os.fspath(root), "")

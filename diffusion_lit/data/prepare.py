@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from numpy.lib import format as npy
 from tqdm import tqdm
 
@@ -96,12 +96,15 @@ def write_header(file: BinaryIO, count: int, image_shape: Sequence[int]) -> None
     npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)})
 
 
-def data_of(recipes: Iterable[str], options: Sequence[str]) -> ImageData:
-    """The data module of recipes, of which only the section `data` is looked at.
+def parts_of(
+    recipes: Iterable[str], options: Sequence[str], further: Callable[[ArgumentParser], object] | None = None
+) -> Namespace:
+    """The data module of recipes, of which only the section `data` is looked at, as `data`; and further parts.
 
     Args:
         recipes: YAML files, later ones winning.
-        options: Further --data options, which win over all.
+        options: Further --data options, which win over all, and those of further parts.
+        further: Adds arguments for these to a parser.
 
     Raises:
         FileNotFoundError: If a recipe is missing.
@@ -110,18 +113,20 @@ def data_of(recipes: Iterable[str], options: Sequence[str]) -> ImageData:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(ImageData, "data", required=True)
+    if further is not None:
+        further(parser)
     args = []
     for recipe in recipes:
         said = yaml.safe_load(Path(recipe).read_text()) or {}
         if "data" in said:
             args += ["--config", json.dumps({"data": said["data"]})]
     if not args and not options:
-        raise ValueError("there are no data to prepare; give a recipe by -c, or a data module by --data")
+        raise ValueError("there are no data; give a recipe by -c, or a data module by --data")
     try:
-        data: ImageData = parser.instantiate_classes(parser.parse_args([*args, *options])).data
+        parts: Namespace = parser.instantiate_classes(parser.parse_args([*args, *options]))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
-    return data
+    return parts
 
 
 def main(args: Sequence[str]) -> None:
@@ -140,7 +145,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", action="append", default=[], help="a recipe; later ones win")
     parser.add_argument("--out", required=True, help="the file to write")
     given, options = parser.parse_known_args(args)
-    data = data_of(given.config, options)
+    data: ImageData = parts_of(given.config, options).data
     path = Path(given.out).expanduser()
     data.prepare_data()
     with tqdm(desc="prepare", unit=" images") as bar:

@@ -226,7 +226,7 @@ def require_time(classifier: nn.Module) -> None:
     if len(positional) < 2 and not any(p.kind == p.VAR_POSITIONAL for p in positional):
         raise ValueError(
             f"{type(classifier).__name__} takes no time: it was trained on clean images, and what it says of the noisy "
-            "ones that guidance shows it means nothing; train one with fit --model NoisyClassifierModule"
+            "ones that guidance shows it means nothing; train a NoisyClassifier with fit --model NoisyClassifierModule"
         )
 
 

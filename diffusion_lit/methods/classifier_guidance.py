@@ -1,6 +1,6 @@
 """Classifier guidance: a classifier of noisy images is trained here, and then guides a diffusion model.
 
-    fit -c configs/base.yaml -c configs/digits_classifier.yaml
+    fit -c configs/base.yaml -c configs/guidance/digits_classifier.yaml
     predict --ckpt_path MODEL --model.init_args.guidance diffusion_lit.methods.classifier_guidance.TrainedClassifier
         --model.init_args.guidance.init_args.checkpoint CLASSIFIER
 
@@ -195,6 +195,9 @@ class TrainedClassifier(ClassifierGuidance):
 
     def __init__(self, checkpoint: str, scale: float = 1.0) -> None:
         if not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"guidance.checkpoint={checkpoint}: there is no such file")
+            raise FileNotFoundError(
+                f"guidance.checkpoint={checkpoint}: there is no such file; train a classifier with fit --model "
+                "NoisyClassifierModule, or give one by --model.init_args.guidance.init_args.checkpoint"
+            )
         module = restore(checkpoint, NoisyClassifierModule)
         super().__init__(module.network, module.process, scale)

@@ -1,5 +1,6 @@
 """Scores of generated images: the Fréchet distance (FID), its features and the real images' statistics."""
 
+from diffusion_lit.metrics.dinov2 import DINOv2
 from diffusion_lit.metrics.features import (
     FeatureExtractor,
     Inception,
@@ -17,14 +18,21 @@ from diffusion_lit.metrics.reference import (
     compute_reference,
     default_cache_dir,
 )
+from diffusion_lit.metrics.scores import KID, FrechetDistance, InceptionScore, PrecisionRecall, Score
 
 __all__ = [
+    "KID",
+    "DINOv2",
     "FeatureExtractor",
     "FeatureMoments",
+    "FrechetDistance",
     "Inception",
+    "InceptionScore",
     "Pixels",
+    "PrecisionRecall",
     "ReduceSum",
     "Reference",
+    "Score",
     "WeightsUnavailable",
     "WrongImageCount",
     "as_extractor",

@@ -10,7 +10,7 @@ import io
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from diffusion_lit.metrics.files import whole_file
+from diffusion_lit.records import digest
 
 _log = logging.getLogger(__name__)
 
@@ -37,15 +38,21 @@ class FeatureExtractor(nn.Module, ABC):
     Attributes:
         name: Lower-case word for logs and file names.
         num_features: Dimension D of a feature vector.
+        classifies: Whether `outputs` has logits too.
     """
 
     name: str
     num_features: int
+    classifies: bool = False
 
     @property
     def metric_name(self) -> str:
         """What the Fréchet distance in these features is called in logs; "fid" is Inception's alone."""
-        return f"frechet/{self.name}"
+        return self.scalar("frechet")
+
+    def scalar(self, score: str) -> str:
+        """What a score in these features is called in logs; the bare name, as published, is Inception's alone."""
+        return f"{score}/{self.name}"
 
     def prepare(self) -> None:
         """Loads what the extractor needs, once; nothing by default.
@@ -68,11 +75,19 @@ class FeatureExtractor(nn.Module, ABC):
             float32, (B, D), without gradient.
         """
 
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """All that the extractor says of 8-bit images, (B, C, H, W), in one pass.
+
+        Returns:
+            float32: "features", (B, D), and, of an extractor that is a classifier, "logits", (B, classes).
+        """
+        return {"features": self(images)}
+
     def fingerprint(self) -> str:
         """The name and a hash of weights, buffers, classes and plain public attributes, for cache keys."""
         self.prepare()
         tensors = [*self.named_parameters(), *self.named_buffers()]
-        return f"{self.name}-{_digest(_settings(self), tensors)}"
+        return f"{self.name}-{digest(tensors, _settings(self))}"
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode whatever `mode` says."""
@@ -80,7 +95,8 @@ class FeatureExtractor(nn.Module, ABC):
 
 
 class Inception(FeatureExtractor):
-    """The 2048 pooled features of the Inception v3 that FID is defined by (Heusel et al. 2017).
+    """The 2048 pooled features of the Inception v3 that FID is defined by (Heusel et al. 2017), and its logits without
+    the bias, which the Inception score is defined by.
 
     The network, its TensorFlow 1 bilinear resize to 299 x 299 without antialiasing and its weights are
     torch-fidelity's, ported from the reference. Grey images are repeated to three channels. It runs in
@@ -98,6 +114,7 @@ class Inception(FeatureExtractor):
 
     name = "inception"
     num_features = 2048
+    classifies = True
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -108,23 +125,29 @@ class Inception(FeatureExtractor):
     def metric_name(self) -> str:
         return "fid"
 
+    def scalar(self, score: str) -> str:
+        return score
+
     def prepare(self) -> None:
         self._prepared()
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.outputs(images)["features"]
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
         network = self._prepared()
-        images = _as_rgb(images, self.name)
+        images = as_rgb(images, self.name)
         if next(network.parameters()).device != images.device:
             network.to(images.device)
         with exact_float32(images.device):
-            features: Tensor = network(images)[0]
-        return features
+            features, logits = network(images)
+        return {"features": features, "logits": logits}
 
     def fingerprint(self) -> str:
         """The name and a hash of the weights alone, so that it outlives changes of library versions."""
         weights = self._prepared().state_dict().items()
         used = [(name, tensor) for name, tensor in weights if not name.endswith("num_batches_tracked")]
-        return f"{self.name}-{_digest('inception-v3-compat 2048', used)}"
+        return f"{self.name}-{digest(used, 'inception-v3-compat 2048')}"
 
     def _prepared(self) -> nn.Module:
         if self._network is None:
@@ -143,7 +166,7 @@ class Inception(FeatureExtractor):
                 _download(URL_INCEPTION_V3, path)
             except (OSError, HTTPException, ValueError) as error:
                 raise WeightsUnavailable(
-                    f"no Inception weights: not in {path.parent}, and no download ({_first_line(error)}); {_remedy()}"
+                    f"no Inception weights: not in {path.parent}, and no download ({first_line(error)}); {_remedy()}"
                 ) from error
         return path
 
@@ -172,7 +195,7 @@ class Pixels(FeatureExtractor):
         self.num_features = 3 * size**2
 
     def forward(self, images: Tensor) -> Tensor:
-        images = _as_rgb(images, self.name)
+        images = as_rgb(images, self.name)
         with exact_float32(images.device):
             return nn.functional.adaptive_avg_pool2d(images.float() / 255, self.size).flatten(1)
 
@@ -245,7 +268,8 @@ def exact_float32(device: torch.device) -> Iterator[None]:
             kernel.fp32_precision = precision
 
 
-def _as_rgb(images: Tensor, name: str) -> Tensor:
+def as_rgb(images: Tensor, name: str) -> Tensor:
+    """8-bit images, (B, 1 or 3, H, W), with three channels; raises ValueError, naming the extractor, for others."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"{name} takes uint8 images, (B, 1 or 3, H, W), not {images.dtype} of shape {tuple(images.shape)}"
@@ -273,9 +297,11 @@ def _inception(path: Path) -> nn.Module:
     cpu = torch.device("cpu")
     try:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]), cpu, exact_float32(cpu):
-            network: nn.Module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], checked)
+            network: nn.Module = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], checked
+            )
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise WeightsUnavailable(f"{path} does not fit FID's Inception ({_first_line(error)}); {_remedy()}") from error
+        raise WeightsUnavailable(f"{path} does not fit FID's Inception ({first_line(error)}); {_remedy()}") from error
     return network
 
 
@@ -290,7 +316,8 @@ def _file_name(url: str) -> str:
     return Path(urlparse(url).path).name
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's class and the first line of what it says."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -299,21 +326,13 @@ def _download(url: str, path: Path) -> None:
     """Fetches `url` to `path`, whole or not at all; its name ends with the start of its SHA-256."""
     _log.info("downloading %s to %s", path.name, path.parent)
     expected = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     with whole_file(path) as file, urlopen(url, timeout=20) as response:
         while block := response.read(1 << 20):
-            digest.update(block)
+            sha.update(block)
             file.write(block)
-        if expected and not digest.hexdigest().startswith(expected[1]):
+        if expected and not sha.hexdigest().startswith(expected[1]):
             raise ValueError("what was sent is damaged or another file")
-
-
-def _digest(settings: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256(settings.encode())
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _settings(module: nn.Module) -> str:

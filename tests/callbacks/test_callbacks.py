@@ -306,7 +306,7 @@ def test_snapshots_are_kept_and_the_last_is_written_at_the_end(tmp_path: Path) -
     callbacks = [EMA(), Checkpoints(every_n_steps=2, keep_every_n_steps=2)]
     tiny.trainer(tmp_path, 5, callbacks, accumulate_grad_batches=2).fit(tiny.module(), tiny.data())
     files = {path.name: load(path)["global_step"] for path in (tmp_path / "checkpoints").iterdir()}
-    assert files == {"step_00000002.ckpt": 2, "step_00000004.ckpt": 4, "last.ckpt": 5}
+    assert files == {"step_00000002.ckpt": 2, "step_00000004.ckpt": 4, "previous.ckpt": 4, "last.ckpt": 5}
 
 
 def test_an_error_before_the_first_step_does_not_touch_the_last_checkpoint(tmp_path: Path) -> None:

@@ -1,13 +1,23 @@
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 
-from diffusion_lit.callbacks import ProgressBar, WholeFiles
-from diffusion_lit.callbacks.checkpoints import read_checkpoint, run_of
+from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Scalars, WholeFiles
+from diffusion_lit.callbacks.checkpoints import (
+    DamagedCheckpointWarning,
+    newest_checkpoint,
+    read_checkpoint,
+    run_of,
+)
+from diffusion_lit.loggers import read_rows
 from diffusion_lit.trainer import Trainer
+from tests import tiny
 
 
 class Unwritable:
@@ -55,3 +65,145 @@ def test_a_checkpoint_plugin_of_the_user_s_takes_the_place_of_ours() -> None:
 def test_no_progress_bar_means_none() -> None:
     made = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, callbacks=[ProgressBar()])
     assert made.progress_bar_callback is None
+
+
+# Seals and what stands beside
+
+
+def sealed(path: Path, value: float = 1.0) -> Path:
+    state = {"w": torch.full((300,), value), "b": torch.arange(7)}
+    WholeFiles().save_checkpoint({"state_dict": state, "global_step": int(value)}, path)
+    return path
+
+
+def test_a_sealed_checkpoint_is_an_ordinary_zip_archive_whose_comment_is_the_hash_of_the_rest(tmp_path: Path) -> None:
+    path = sealed(tmp_path / "a.ckpt")
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        kind, _, digest = archive.comment.decode().partition("=")
+    body = whole[: -len(archive.comment) - 2] + b"\0\0"
+    assert (kind, digest) == ("sha256", hashlib.sha256(body).hexdigest())
+    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["w"], torch.ones(300))
+
+
+def test_a_flipped_bit_or_a_missing_end_never_goes_unnoticed(tmp_path: Path) -> None:
+    path = sealed(tmp_path / "a.ckpt")
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    places = {*random.integers(0, len(whole), 300).tolist(), 0, *range(len(whole) - 75, len(whole))}
+    for place in places:
+        bad = bytearray(whole)
+        bad[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"a\.ckpt is damaged"):
+            read_checkpoint(path)
+    for length in [*random.integers(0, len(whole), 50).tolist(), *range(len(whole) - 75, len(whole))]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a\.ckpt is damaged"):
+            read_checkpoint(path)
+
+
+def test_a_checkpoint_without_a_seal_is_read_as_it_is(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "a.ckpt")
+    assert torch.equal(read_checkpoint(tmp_path / "a.ckpt")["state_dict"]["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_the_last_checkpoint_becomes_the_previous_one(
+    tmp_path: Path, hard_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("no hard links here")
+
+    if not hard_links:
+        monkeypatch.setattr("os.link", refuse)
+    for value in (1.0, 2.0, 3.0):
+        sealed(tmp_path / "last.ckpt", value)
+    there = {path.name: read_checkpoint(path)["global_step"] for path in tmp_path.iterdir()}
+    assert there == {"last.ckpt": 3, "previous.ckpt": 2}
+    sealed(tmp_path / "best.ckpt", 9.0)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert newest_checkpoint(tmp_path) is None
+    for value in (4.0, 5.0):
+        sealed(folder / "last.ckpt", value)
+    sealed(folder / "step_00000002.ckpt", 2.0)
+    sealed(folder / "best.ckpt", 3.0)
+
+    def found() -> tuple[str, int]:
+        newest = newest_checkpoint(tmp_path)
+        assert newest is not None
+        return newest[0].name, newest[1]["global_step"]
+
+    def damage(name: str) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    assert found() == ("last.ckpt", 5)
+    damage("last.ckpt")
+    with pytest.warns(DamagedCheckpointWarning, match=r"last\.ckpt is damaged.*continuing from .*previous\.ckpt"):
+        assert found() == ("previous.ckpt", 4)
+    damage("previous.ckpt")
+    with pytest.warns(
+        DamagedCheckpointWarning, match=r"(last|previous)\.ckpt is damaged.*continuing from .*best\.ckpt"
+    ):
+        assert found() == ("best.ckpt", 3)
+    damage("best.ckpt")
+    damage("step_00000002.ckpt")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*last\.ckpt is damaged"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_run_with_a_damaged_last_checkpoint_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def fit(place: Path, steps: int) -> None:
+        callbacks = [EMA([0.9]), Scalars(), Checkpoints(every_n_steps=2)]
+        tiny.trainer(place, steps, callbacks).fit(tiny.module(), tiny.data(), ckpt_path="last")
+
+    fit(whole, 6)
+    fit(parts, 5)
+    content = bytearray(tiny.last(parts).read_bytes())
+    content[1000] ^= 1
+    tiny.last(parts).write_bytes(content)
+    (parts / "checkpoints" / "last.ckpt.99999.part").write_bytes(b"left by a killed process")
+    with pytest.warns(DamagedCheckpointWarning, match=r"last\.ckpt is damaged"):
+        fit(parts, 6)
+    a, b = tiny.load(tiny.last(whole)), tiny.load(tiny.last(parts))
+    for name in ("state_dict", "current_model_state", "averages", "optimizer_states", "lr_schedulers", "global_step"):
+        assert tiny.identical(a[name], b[name])
+    there = {path.name for path in (parts / "checkpoints").iterdir()}
+    assert there == {"last.ckpt", "previous.ckpt", "last.ckpt.damaged"}
+    assert (parts / "checkpoints" / "last.ckpt.damaged").read_bytes() == content
+    assert read_rows(whole / "csv" / "version_0" / "metrics.csv") != []
+    steps = [row["step"] for row in read_rows(parts / "csv" / "version_0" / "metrics.csv")]
+    assert steps == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_snapshots_beyond_so_many_are_removed_oldest_first_and_all_kinds_load(tmp_path: Path) -> None:
+    callbacks = [EMA([0.5]), Checkpoints(every_n_steps=2, keep_every_n_steps=1, keep_at_most=2)]
+    tiny.trainer(tmp_path, 5, callbacks).fit(tiny.module(), tiny.data())
+    there = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in there] == [
+        "last.ckpt",
+        "previous.ckpt",
+        "step_00000004.ckpt",
+        "step_00000005.ckpt",
+    ]
+    for path in there:
+        model = tiny.module()
+        tiny.trainer(tmp_path, logger=False, limit_test_batches=1).test(model, tiny.data(), str(path))
+        averaged = read_checkpoint(path)["state_dict"]
+        assert tiny.identical(dict(model.state_dict()), averaged)
+        assert not tiny.identical(averaged, read_checkpoint(path)["current_model_state"])
+
+
+@pytest.mark.parametrize("name", ["every_n_steps", "keep_every_n_steps", "keep_at_most"])
+def test_numbers_of_checkpoints_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"checkpoints\.{name}=0 must be at least 1"):
+        Checkpoints(**{name: 0})

@@ -12,7 +12,7 @@ import torch
 from diffusion_lit import cli
 from diffusion_lit.data import LSUN, Digits, Folder, ImageData, Prepared
 from diffusion_lit.data.base import CorruptImage, CorruptImageWarning
-from diffusion_lit.data.prepare import data_of, prepare
+from diffusion_lit.data.prepare import parts_of, prepare
 from tests.data.test_lsun import write
 from tests.test_cli import CONFIGS, fit_args
 from tests.test_configs import OnlyParts
@@ -218,7 +218,7 @@ def test_options_win_over_recipes_and_later_recipes_over_earlier(tmp_path: Path)
     for i, section in enumerate(("class_path: Folder\n  init_args: {root: a, image_size: 8}", "init_args: {root: b}")):
         (tmp_path / f"{i}.yaml").write_text(f"trainer: {{max_steps: 3}}\ndata:\n  {section}\n")
         recipes.append(str(tmp_path / f"{i}.yaml"))
-    data = data_of(recipes, ["--data.init_args.image_size", "16"])
+    data = parts_of(recipes, ["--data.init_args.image_size", "16"]).data
     assert isinstance(data, Folder)
     assert (str(data.root), data.image_size) == ("b", 16)
 
@@ -226,7 +226,7 @@ def test_options_win_over_recipes_and_later_recipes_over_earlier(tmp_path: Path)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "there are no data to prepare; give a recipe by -c"),
+        ([], "there are no data; give a recipe by -c"),
         (["-c", "missing.yaml"], "missing.yaml"),
         (["-c", str(CONFIGS / "digits.yaml"), "--data.colour", "3"], "colour"),
         (["--data", "Nowhere"], "Nowhere"),

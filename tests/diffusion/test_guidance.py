@@ -212,6 +212,27 @@ def test_the_paper_s_ancestral_rule_converges_to_ours_at_first_order() -> None:
     np.testing.assert_allclose(np.array(errors[:-1]) / np.array(errors[1:]), 2, atol=0.7)
 
 
+@pytest.mark.parametrize(("steps", "most"), [(1000, 1.0102), (250, 1.0416)])
+def test_the_mean_moves_by_at_most_so_much_more_than_in_algorithm_1_with_the_large_variance(
+    steps: int, most: float
+) -> None:
+    sampler = Ancestral(steps, clip=False)
+    times, x = sampler.times(PROCESS), images()
+    plain = denoiser(Unconditional()).bind({})
+    guided = ClassifierGuidance(Classifier(), PROCESS)(denoiser(Unconditional()), {"label": LABEL})
+    factors = []
+    for i in [0, 1, *range(2, steps, steps // 25), steps - 1]:
+        k, j = (round(float(time) * 1000) for time in times[i : i + 2])
+        step = (x, PROCESS, times[i], times[i + 1], lambda: torch.zeros_like(x))
+        moved = sampler.step(guided, *step)[0] - sampler.step(plain, *step)[0]
+        # Sigma = beta of the step, 1 - alpha_ts^2.
+        factors.append(float(moved.norm() / ((1 - BARS[k] / BARS[j]) * gradient(x, k, LABEL)).norm()))
+        assert factors[-1] == pytest.approx(math.sqrt(BARS[j] / BARS[k]), rel=1e-6)
+    assert min(factors) > 1
+    assert max(factors) <= most
+    assert max(factors) == pytest.approx(most, abs=2e-3)
+
+
 def test_a_classifier_also_sharpens_a_network_that_knows_the_label_itself() -> None:
     network = Network()
     seen: list[Tensor] = []

@@ -45,6 +45,10 @@ class Blind(nn.Module):
         return x * self.weight
 
 
+class Larger(Blind):
+    image_size = 16
+
+
 class Timeless(nn.Module):
     image_size, in_channels, num_classes = 8, 1, 10
 
@@ -176,6 +180,17 @@ def test_predict_takes_the_guidance_and_labels_on_the_command_line(
     with pytest.raises(SystemExit):
         cli.main([*args, *guided, "--labels", "3,12"])
     assert "labels: 12 must lie in 0 .. 9" in capsys.readouterr().err.splitlines()[-1]
+    misfits = {
+        "--model.process.num_steps=50": "another noise schedule or number of steps than the model; train one with",
+        f"--model.network={HERE}.Larger": "image_size=8, the model has image_size=16; train a classifier with",
+        f"{guidance}=ClassifierFree": "Blind takes no labels; leave --model.init_args.guidance out, or train",
+        f"{guidance}.init_args.checkpoint=none.ckpt": "there is no such file; train a classifier",
+    }
+    for option, message in misfits.items():
+        with pytest.raises(SystemExit):
+            cli.main([*args, *([] if "ClassifierFree" in option else guided), option, "--labels=3"])
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert message in line
 
 
 def test_a_classifier_of_another_schedule_is_refused(run: Path) -> None:
@@ -185,7 +200,7 @@ def test_a_classifier_of_another_schedule_is_refused(run: Path) -> None:
 
 
 def test_what_is_no_trained_classifier_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"guidance.checkpoint=.*there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"guidance.checkpoint=.*there is no such file; train a classifier"):
         TrainedClassifier(str(tmp_path / "none.ckpt"))
     bare = tmp_path / "bare.ckpt"
     torch.save({"state_dict": {}}, bare)
@@ -197,9 +212,9 @@ def test_what_is_no_trained_classifier_is_refused(tmp_path: Path) -> None:
         "init_args": {"network": {"class_path": f"{HERE}.Blind"}},
     }
     torch.save({"state_dict": {}, "config": {"model": config}}, other)
-    with pytest.raises(ValueError, match=r"is of diffusion_lit.module.DiffusionModule, no NoisyClassifierModule"):
+    with pytest.raises(ValueError, match=r"is of diffusion_lit.module.DiffusionModule, no NoisyClassifierModule; give"):
         TrainedClassifier(str(other))
-    with pytest.raises(ValueError, match="Timeless takes no time: it was trained on clean images"):
+    with pytest.raises(ValueError, match=r"Timeless takes no time: it was trained on clean images.*; train a Noisy"):
         NoisyClassifierModule(Timeless())
 
 

@@ -1,5 +1,4 @@
 import hashlib
-import io
 import pickle
 from pathlib import Path
 
@@ -17,32 +16,12 @@ from diffusion_lit.metrics import (
     exact_float32,
     features,
 )
-
-
-class _Untrained(FeatureExtractorInceptionV3):
-    """torch-fidelity's network without weights, which it cannot be made without otherwise."""
-
-    def load_state_dict(self, *args: object, **kwargs: object) -> None:
-        pass
+from tests.metrics.inception import random_weights
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in torch-fidelity's format, scaled so that features are of order one."""
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = _Untrained("inception-v3-compat", ["2048"], nothing)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    return random_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 @pytest.fixture(scope="module")

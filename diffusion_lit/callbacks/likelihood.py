@@ -1,0 +1,227 @@
+"""The variational bound in `test`: bits per dimension of real images, over all processes."""
+
+import csv
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from diffusion_lit.callbacks.collective import on_first
+from diffusion_lit.callbacks.evaluation import FOLDER, announce, circumstances, elapsed
+from diffusion_lit.callbacks.progress import sampling_bar
+from diffusion_lit.data.base import ImageData, Split
+from diffusion_lit.diffusion import FixedLarge, ImageNoise, ReverseVariance
+from diffusion_lit.diffusion.likelihood import Bound, bits_per_dim
+from diffusion_lit.generation import Requests
+from diffusion_lit.images import from_uint8
+from diffusion_lit.metrics.partial import PartialResults
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.records import RESULTS, append_record, describe, digest, key_of
+
+
+class Likelihood(L.Callback):
+    """Bounds -log2 p(x_0) / D of real images in `test`, with its parts and its curve over t.
+
+    The parts: `prior` L_T, `terms` L_1 .. L_{T-1} together, `decoder` L_0. The curve goes to
+    <run>/bits_per_dim_<split>.csv and .png, everything else to a line of <run>/results.jsonl. Images are unflipped; the
+    noise of image i depends on (seed, i) alone; what was done when a run stopped is not done again.
+
+    Args:
+        split: "test" or "train"; null: the bound is not computed.
+        num_images: The first so many images; null: all.
+        num_terms: Terms evaluated for each image, of the T - 1 there are: an estimate without bias for long chains;
+            null: all.
+        batch_size: Images at once by each process.
+        variance: The reverse variance; null: the sampler's own if it has one, else `FixedLarge`.
+        clip: Whether predictions of x_0 are clipped to [-1, 1]; the paper's code does.
+        seed: Decides the noise.
+
+    Raises:
+        ValueError: If a number is below 1, or there is no such split.
+
+    Source: Ho et al. 2020, eqs. 5 and 13.
+    """
+
+    def __init__(
+        self,
+        split: Split | None = None,
+        num_images: int | None = None,
+        num_terms: int | None = None,
+        batch_size: int = 64,
+        variance: ReverseVariance | None = None,
+        clip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("num_images", num_images), ("num_terms", num_terms), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"likelihood.{name}={value} must be at least 1")
+        self.split = split
+        self.num_images = num_images
+        self.num_terms = num_terms
+        self.batch_size = batch_size
+        self.variance = variance
+        self.clip = clip
+        self.seed = seed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raises ValueError if there are no such images or the process has not that many terms."""
+        if stage != "test" or self.split is None or not isinstance(pl_module, DiffusionModule):
+            return
+        self._data(trainer).dataset(self.split)
+        terms = pl_module.process.num_steps - 1
+        if self.num_terms is not None and self.num_terms > terms:
+            raise ValueError(f"likelihood.num_terms={self.num_terms} exceeds the {terms} terms of the process")
+
+    def _data(self, trainer: L.Trainer) -> ImageData:
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ImageData):
+            raise ValueError("bits per dimension are of real images: give --data")
+        return data
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.split is not None and isinstance(pl_module, DiffusionModule):
+            for name, value in self.evaluate(trainer, pl_module, self.split)["scores"].items():
+                pl_module.log(name, value, sync_dist=False, rank_zero_only=False)
+
+    def evaluate(self, trainer: L.Trainer, module: DiffusionModule, split: Split) -> dict[str, Any]:
+        """Computes the bound and writes it down; collective.
+
+        Returns:
+            The record, the same on every process; its "scores" are the values by name.
+        """
+        data = self._data(trainer)
+        images = data.dataset(split)
+        count = min(self.num_images or len(images), len(images))
+        requests = Requests(count, min(self.batch_size, count))
+        variance = self.variance or getattr(module.sampler, "variance", None) or FixedLarge()
+        start = time.perf_counter()
+        with module.averaged_weights():
+            key = {
+                "weights": digest(module.state_dict().items()),
+                "process": describe(module.process),
+                "parameterization": describe(module.denoiser.parameterization),
+                "guidance": describe(module.guidance),
+                "variance": describe(variance),
+                "clip": self.clip,
+                "num_terms": self.num_terms,
+                "images": [images.name, images.fingerprint()],
+                "seed": self.seed,
+                "batch_size": self.batch_size,
+                "precision": str(trainer.precision),
+            }
+            partial = PartialResults(Path(trainer.default_root_dir) / FOLDER / key_of(key), key)
+            on_first(trainer, lambda: announce(partial, requests))
+            with sampling_bar(trainer, module, requests, "bits/dim"):
+                for number in requests.share(trainer.global_rank, trainer.world_size):
+                    if not partial.done(number):
+                        asked = range(number * requests.batch_size, min((number + 1) * requests.batch_size, count))
+                        partial.save(number, self._bound(module, data, split, list(asked), variance))
+            trainer.strategy.barrier("likelihood")
+            name = module.weights_name
+
+        def finish() -> dict[str, Any]:
+            columns = partial.columns(len(requests))
+            total = columns["total"]
+            num_terms = module.process.num_steps - 1 if self.num_terms is None else self.num_terms
+            curve = curve_of(columns["sums"].sum(0), columns["counts"].sum(0))
+            path = Path(trainer.default_root_dir) / f"bits_per_dim_{split}"
+            write_curve(curve, module.process.num_steps, path)
+            parts = {
+                "bits_per_dim": total.mean(),
+                "bits_per_dim_prior": columns["prior"].mean(),
+                "bits_per_dim_terms": (total - columns["prior"] - columns["decoder"]).mean(),
+                "bits_per_dim_decoder": columns["decoder"].mean(),
+                "bits_per_dim_standard_error": total.std() / len(total) ** 0.5,
+            }
+            record = {
+                "what": "likelihood",
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "scores": {f"{split}/{part}": float(value) for part, value in parts.items()},
+                "num_images": len(total),
+                "evaluations": num_terms + 1,
+                "curve": f"{path.name}.csv",
+                "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+                "step": module.loaded_step,
+                "weights_name": name,
+                **key,
+                "process_seconds": round(float(columns["seconds"].sum()), 3),
+                "seconds": round(time.perf_counter() - start, 3),
+                **circumstances(trainer, module),
+            }
+            append_record(Path(trainer.default_root_dir) / RESULTS, record)
+            partial.remove()
+            return record
+
+        record = on_first(trainer, finish)
+        if record is None:
+            raise RuntimeError("the first process sent no result")
+        value = record["scores"][f"{split}/bits_per_dim"]
+        rank_zero_info(f"{split}: {value:.4f} bits/dim over {record['num_images']:,} images")
+        return record
+
+    def _bound(
+        self, module: DiffusionModule, data: ImageData, split: Split, indices: list[int], variance: ReverseVariance
+    ) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        batch = data.some(indices, split)
+        x0 = from_uint8(batch["image"].to(module.device))
+        noise = ImageNoise(self.seed, indices[: len(x0)], module.image_shape, module.device)
+        condition = {"label": batch["label"]} if "label" in batch and module.num_classes is not None else {}
+        with module.evaluating():
+            bound = bits_per_dim(
+                module.bind(condition),
+                x0,
+                module.process,
+                variance,
+                noise.draw,
+                self.num_terms,
+                self.clip,
+                module.on_sampling_step,
+            )
+        seconds = torch.full((len(x0),), elapsed(start, module.device) / max(len(x0), 1), dtype=torch.float64)
+        return {
+            "total": bound.total,
+            "prior": bound.prior,
+            "decoder": bound.decoder,
+            "seconds": seconds,
+            **sums_by_entry(bound, module.process.num_steps),
+        }
+
+
+def sums_by_entry(bound: Bound, num_steps: int) -> dict[str, Tensor]:
+    """A batch's terms added up by table entry k, L_0 at 1 and L_{k-1} from 2 on: "sums" and "counts", (1, T + 1)."""
+    ks = torch.cat([torch.ones_like(bound.ks[:, :1]), bound.ks], dim=1).flatten()
+    terms = torch.cat([bound.decoder[:, None], bound.terms], dim=1).flatten()
+    nothing = torch.zeros(num_steps + 1, dtype=terms.dtype, device=terms.device)
+    return {
+        "sums": nothing.index_add(0, ks, terms)[None],
+        "counts": nothing.index_add(0, ks, torch.ones_like(terms))[None],
+    }
+
+
+def curve_of(sums: Tensor, counts: Tensor) -> dict[int, float]:
+    """The mean term at each table entry k that was evaluated, bits per dimension."""
+    return {int(k): float(sums[k] / counts[k]) for k in counts.nonzero().flatten()}
+
+
+def write_curve(curve: Mapping[int, float], num_steps: int, path: Path) -> None:
+    """Writes the terms over t as <path>.csv and draws them as <path>.png."""
+    from matplotlib.figure import Figure
+
+    times = [k / num_steps for k in curve]
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["k", "t", "bits_per_dim"])
+        writer.writerows(zip(curve, times, curve.values(), strict=True))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(times, list(curve.values()), marker="." if len(curve) < 100 else None)
+    axes.set(xlabel="t", ylabel="bits per dimension of one step", xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path.with_suffix(".png"), dpi=110)

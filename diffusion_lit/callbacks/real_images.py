@@ -1,0 +1,124 @@
+"""The real images that generated ones are compared with, over all processes."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from diffusion_lit.callbacks.collective import on_first, reduce_sum
+from diffusion_lit.data.base import ImageData
+from diffusion_lit.metrics.features import FeatureExtractor
+from diffusion_lit.metrics.partial import PartialResults
+from diffusion_lit.metrics.reference import (
+    Reference,
+    WrongImageCount,
+    cache_path,
+    cached_reference,
+    compute_reference,
+    default_cache_dir,
+)
+from diffusion_lit.records import key_of
+
+BATCH = 250
+
+
+class RealImages:
+    """All training images, unflipped, as one extractor sees them.
+
+    Args:
+        extractor: Makes features of 8-bit images.
+        reference: An .npz file with mu and sigma; None: computed from the training images, once, and kept.
+        cache_dir: Where what was computed is kept; None: $DIFFUSION_LIT_CACHE or ~/.cache/diffusion_lit.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, reference: str | None = None, cache_dir: str | None = None) -> None:
+        self.extractor = extractor
+        self.reference_file = reference
+        self.cache_dir = cache_dir
+        self._gaussian: Reference | None = None
+
+    def prepare(self, trainer: L.Trainer) -> None:
+        """Gets hold of the extractor's weights, or says on all processes why it cannot, before anything long starts.
+
+        Raises:
+            FileNotFoundError: If the reference file is not there.
+            RuntimeError: If the weights cannot be had.
+        """
+        if self.reference_file is not None and not Path(self.reference_file).is_file():
+            raise FileNotFoundError(f"frechet.reference={self.reference_file}: there is no such file")
+        on_first(trainer, self.extractor.prepare, of_machine=True)
+        self.extractor.prepare()
+
+    def data(self, trainer: L.Trainer) -> ImageData:
+        """The trainer's data; raises ValueError if it has none."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ImageData):
+            raise ValueError("a score needs real images: give --data, or statistics by --frechet.reference")
+        return data
+
+    def gaussian(self, trainer: L.Trainer, device: torch.device, batch_size: int = BATCH) -> Reference:
+        """Mean and covariance: from the given file, from the cache, or computed by all processes; collective."""
+        if self._gaussian is not None:
+            return self._gaussian
+        self.extractor.to(device)
+        if self.reference_file is not None:
+            self._gaussian = Reference.load(self.reference_file, self.extractor)
+            return self._gaussian
+        data = self.data(trainer)
+        images = data.dataset("train")
+        sums = partial(reduce_sum, trainer)
+        path = cache_path(
+            self.cache_dir, images.fingerprint(), self.extractor.fingerprint(), resolution=images.image_size
+        )
+
+        def compute() -> Reference:
+            name = self.extractor.metric_name
+            rank_zero_info(f"{name}: computing reference statistics of {images.name}, {len(images):,} images")
+            batches = data.reference_batches(trainer.global_rank, trainer.world_size, batch_size)
+            reference = compute_reference(batches, self.extractor, device, sums, name=images.name)
+            share = torch.tensor(data.num_images("train", trainer.global_rank, trainer.world_size), device=device)
+            readable = int(sums(share))
+            if reference.count != readable:
+                raise WrongImageCount(f"{images.name}: counted {reference.count} images of {readable}")
+            return reference
+
+        self._gaussian = cached_reference(path, compute, self.extractor, device, sums, write=trainer.local_rank == 0)
+        return self._gaussian
+
+    def features(self, trainer: L.Trainer, device: torch.device, count: int) -> Tensor:
+        """Features of `count` images, (M, D), float32, on the CPU; collective.
+
+        Which ones is drawn once and for all; all of them where there are no more. Kept where statistics are.
+        """
+        data = self.data(trainer)
+        images = data.dataset("train")
+        count = min(count, len(images))
+        key = {
+            "images": images.fingerprint(),
+            "resolution": images.image_size,
+            "extractor": self.extractor.fingerprint(),
+            "count": count,
+        }
+        folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+        kept = PartialResults(folder / "features" / key_of(key), key)
+        if trainer.local_rank == 0:
+            kept.open()
+        trainer.strategy.barrier("real_features")
+        self.extractor.to(device).eval()
+        batches = chosen_batches(len(images), count)
+        for number in range(trainer.global_rank, len(batches), trainer.world_size):
+            if not kept.done(number):
+                kept.save(number, {"features": self.extractor(data.some(batches[number])["image"].to(device))})
+        trainer.strategy.barrier("real_features_done")
+        return kept.columns(len(batches), None)["features"]
+
+
+def chosen_batches(available: int, count: int) -> Sequence[list[int]]:
+    """`count` of the numbers below `available`, always the same ones, in batches; where all are wanted, in order."""
+    order = np.random.default_rng(0).permutation(available)[:count] if count < available else np.arange(available)
+    return [order[start : start + BATCH].tolist() for start in range(0, count, BATCH)]

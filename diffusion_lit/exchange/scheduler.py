@@ -1,0 +1,191 @@
+"""Process, parameterization and sampler as diffusers has them: the configuration of a `DDPMScheduler` or a
+`DDIMScheduler`.
+
+Diffusers tells its network index 0 of what we call k = 1, as the papers do; so indices agree.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_lit.diffusion import (
+    DDIM,
+    X0,
+    Ancestral,
+    Cosine,
+    DiscreteProcess,
+    Eps,
+    FixedLarge,
+    FixedSmall,
+    LearnedRange,
+    Linear,
+    Parameterization,
+    Sampler,
+    ScaledLinear,
+    Spanning,
+    Trailing,
+    Uniform,
+    V,
+)
+from diffusion_lit.diffusion.schedule import Schedule
+from diffusion_lit.networks import UNet
+
+DDPM_CLASS, DDIM_CLASS = "DDPMScheduler", "DDIMScheduler"
+COSINE = "squaredcos_cap_v2"
+SCHEDULES = {"linear": Linear, "scaled_linear": ScaledLinear}
+PREDICTIONS = {"epsilon": Eps, "sample": X0, "v_prediction": V}
+SPACINGS = {"leading": Uniform, "trailing": Trailing, "linspace": Spanning}
+VARIANCES = {
+    "fixed_small": FixedSmall,
+    "fixed_small_log": FixedSmall,
+    "fixed_large": FixedLarge,
+    "learned_range": LearnedRange,
+}
+
+FIXED: dict[str, tuple[object, ...]] = {
+    "trained_betas": (None,),
+    "thresholding": (False, None),
+    "rescale_betas_zero_snr": (False, None),
+    "steps_offset": (0, None),
+    "set_alpha_to_one": (True,),
+}
+"""What must be so for a scheduler to be one of ours, by key; the first is what a missing key means."""
+
+READ = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample", "clip_sample_range",
+    "prediction_type", "timestep_spacing", "variance_type",
+)  # fmt: skip
+UNUSED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
+
+
+def part(cls: type, **init_args: Any) -> dict[str, Any]:
+    """A part by its class path, which is its room's, and its arguments, as configurations have them."""
+    room = ".".join(cls.__module__.split(".")[:2])
+    return {"class_path": f"{room}.{cls.__qualname__}", "init_args": init_args}
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The process, parameterization and sampler of a scheduler, by class path.
+
+    Args:
+        config: Its scheduler_config.json; a missing key means what it does to diffusers.
+
+    Raises:
+        ValueError: If it has no equal among ours.
+    """
+    kind = config.get("_class_name")
+    if kind not in (DDPM_CLASS, DDIM_CLASS):
+        raise ValueError(f"the scheduler is a {kind}; only a {DDPM_CLASS} or {DDIM_CLASS} has an equal here")
+    refused = [
+        f"{key}={config.get(key, allowed[0])!r} where only {allowed[0]!r} is known"
+        for key, allowed in FIXED.items()
+        if config.get(key, allowed[0]) not in allowed
+    ]
+    clip = config.get("clip_sample", True)
+    if clip and config.get("clip_sample_range", 1.0) != 1.0:
+        refused.append(f"clip_sample_range={config['clip_sample_range']!r} where only 1.0 is known")
+    known = {*FIXED, *READ, *UNUSED}
+    refused += [
+        f"{key}={value!r}, which is not known here"
+        for key, value in config.items()
+        if key not in known and not key.startswith("_") and value not in (None, False)
+    ]
+    if refused:
+        raise ValueError(f"this {kind} has no equal here: {'; '.join(refused)}")
+    steps = config.get("num_train_timesteps", 1000)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"num_train_timesteps={steps!r} of the {kind} is not a whole number above 0")
+    prediction = choose("prediction_type", config.get("prediction_type", "epsilon"), PREDICTIONS)
+    return {
+        "process": part(DiscreteProcess, num_steps=steps, schedule=schedule_of(config)),
+        "parameterization": part(prediction),
+        "sampler": sampler_of(config, steps, bool(clip)),
+    }
+
+
+def choose(key: str, value: Any, choices: Mapping[str, type]) -> type:
+    """The class of ours for a value of diffusers'; ValueError if there is none."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{key}={value!r} has no equal here; known are {', '.join(choices)}")
+    return choices[value]
+
+
+def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The noise schedule of a scheduler, by class path."""
+    name = config.get("beta_schedule", "linear")
+    if name == COSINE:
+        return part(Cosine)
+    cls = choose("beta_schedule", name, {**SCHEDULES, COSINE: Cosine})
+    return part(cls, beta_start=config.get("beta_start", 1e-4), beta_end=config.get("beta_end", 0.02))
+
+
+def sampler_of(config: Mapping[str, Any], num_steps: int, clip: bool) -> dict[str, Any]:
+    """The sampler of a scheduler, by class path: all steps of DDPM's, 50 of DDIM's, as their pipelines have it."""
+    grid = part(choose("timestep_spacing", config.get("timestep_spacing", "leading"), SPACINGS))
+    if config["_class_name"] == DDIM_CLASS:
+        return part(DDIM, steps=min(50, num_steps), grid=grid, clip=clip)
+    variance = choose("variance_type", config.get("variance_type", "fixed_small"), VARIANCES)
+    return part(Ancestral, steps=None, variance=part(variance), grid=grid, clip=clip)
+
+
+def configuration(
+    process: DiscreteProcess, parameterization: Parameterization, sampler: Sampler, network: UNet
+) -> dict[str, Any]:
+    """The scheduler_config.json of a `DDPMScheduler`, which a `DDIMScheduler` can be made from too.
+
+    Args:
+        process: Of the model.
+        parameterization: Of the model.
+        sampler: Gives clipping, the spacing of times and, if it is ancestral, the variance; else that is the small one.
+        network: Says by the channels it puts out whether it learned the variance.
+
+    Raises:
+        ValueError: If diffusers has no such process, parameterization or output.
+    """
+    predictions = {cls: name for name, cls in PREDICTIONS.items()}
+    if type(parameterization) not in predictions:
+        raise ValueError(
+            f"diffusers has no {type(parameterization).__name__}: its schedulers know {', '.join(PREDICTIONS)}"
+        )
+    if process.network_steps not in (None, process.num_steps):
+        raise ValueError(
+            f"diffusers has no process.network_steps={process.network_steps}: its networks are told the index among "
+            f"{process.num_steps} steps"
+        )
+    spacings = {cls: name for name, cls in SPACINGS.items()}
+    return {
+        "_class_name": DDPM_CLASS,
+        "num_train_timesteps": process.num_steps,
+        **schedule_configuration(process.schedule, process.num_steps),
+        "prediction_type": predictions[type(parameterization)],
+        "variance_type": variance_type(sampler, network),
+        "clip_sample": sampler.clip,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": spacings.get(type(sampler.grid), "leading"),
+        "steps_offset": 0,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+    }
+
+
+def schedule_configuration(schedule: Schedule, num_steps: int) -> dict[str, Any]:
+    """What a scheduler is told of the noise schedule: its name, or its betas where diffusers has no name for it."""
+    names = {cls: name for name, cls in SCHEDULES.items()}
+    if isinstance(schedule, Linear | ScaledLinear) and type(schedule) in names:
+        name = names[type(schedule)]
+        return {"beta_schedule": name, "beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    if type(schedule) is Cosine and schedule.offset == 0.008:
+        return {"beta_schedule": COSINE}
+    return {"trained_betas": schedule.betas(num_steps).tolist()}
+
+
+def variance_type(sampler: Sampler, network: UNet) -> str:
+    """The name of the reverse variance; ValueError if the network's output has no meaning to diffusers."""
+    channels, out_channels = network.in_channels, network.conv_out.out_channels
+    if out_channels == 2 * channels:
+        return "learned_range"
+    if out_channels != channels:
+        raise ValueError(
+            f"diffusers has no scheduler for out_channels={out_channels} of images with {channels}: as many or twice"
+        )
+    large = isinstance(sampler, Ancestral) and type(sampler.variance) is FixedLarge
+    return "fixed_large" if large else "fixed_small"

@@ -1,0 +1,211 @@
+"""What is said of generated images as a set.
+
+The Fréchet distance is ours, in float64 (`frechet`); the others are torch-fidelity's functions of features, with its
+defaults, so that a figure is what its users call by that name.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, TypeAlias
+
+from torch import Tensor
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from diffusion_lit.metrics.features import FeatureExtractor
+from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
+from diffusion_lit.metrics.reference import Reference
+
+Against: TypeAlias = Literal["nothing", "gaussian", "features"]
+CHUNK = 1024
+SHUFFLE = 2020
+"""torch-fidelity's seed of the order in which it splits and draws."""
+
+
+class Score(ABC):
+    """One figure, or a few that belong together, of a set of generated images.
+
+    Attributes:
+        against: What of the real images it is compared with: a Gaussian fitted to all of them, the features of some, or
+            nothing.
+        output: Which of `FeatureExtractor.outputs` it is about.
+        extractor: Its own, None: that of the evaluation.
+    """
+
+    against: ClassVar[Against]
+    output: ClassVar[str] = "features"
+
+    def __init__(self, extractor: FeatureExtractor | None = None) -> None:
+        self.extractor = extractor
+
+    @abstractmethod
+    def check(self, num_images: int) -> None:
+        """Raises ValueError if so many images, generated or real, are too few."""
+
+    @abstractmethod
+    def __call__(
+        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        """Computes the score.
+
+        Args:
+            generated: Features of generated images, (N, D), float32.
+            gaussian: Fitted to the real images' features, where `against` asks for it.
+            real: Features of real images, (M, D), float32, where `against` asks for them.
+            extractor: Made them; names the results.
+
+        Returns:
+            Values by name.
+        """
+
+
+class FrechetDistance(Score):
+    """The Fréchet distance: FID in Inception's features, FD-DINOv2 in DINOv2's.
+
+    Args:
+        extractor: Another than the evaluation's.
+
+    Source: Heusel et al. 2017.
+    """
+
+    against = "gaussian"
+
+    def check(self, num_images: int) -> None:
+        if num_images < 2:
+            raise ValueError(f"evaluation.num_images={num_images}: a Fréchet distance needs at least 2")
+
+    def __call__(
+        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        if gaussian is None:
+            raise ValueError("a Fréchet distance needs the real images' statistics")
+        moments = FeatureMoments(generated.shape[1], generated.device)
+        # In pieces of one size, so that the sums do not depend on the batches that the images came in.
+        for start in range(0, len(generated), CHUNK):
+            moments.update(generated[start : start + CHUNK])
+        mu, sigma = moments.mean_and_covariance()
+        return {extractor.metric_name: frechet_distance(mu, sigma, gaussian.mu, gaussian.sigma)}
+
+
+class InceptionScore(Score):
+    """exp E KL(p(y | x) || p(y)), mean and deviation over splits of the shuffled images.
+
+    Needs an extractor that is a classifier; only Inception's is called `inception_score`.
+
+    Args:
+        splits: At least 1; the papers use 10.
+        extractor: Another than the evaluation's.
+
+    Raises:
+        ValueError: If splits < 1.
+
+    Source: Salimans et al. 2016.
+    """
+
+    against = "nothing"
+    output = "logits"
+
+    def __init__(self, splits: int = 10, extractor: FeatureExtractor | None = None) -> None:
+        super().__init__(extractor)
+        if splits < 1:
+            raise ValueError(f"splits={splits} of the Inception score must be at least 1; the papers use 10")
+        self.splits = splits
+
+    def check(self, num_images: int) -> None:
+        if num_images < self.splits:
+            raise ValueError(
+                f"evaluation.num_images={num_images} are fewer than the Inception score's {self.splits} splits; "
+                "generate more, or lower `splits`"
+            )
+
+    def __call__(
+        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        found = isc_features_to_metric(generated, self.splits, shuffle=True, rng_seed=SHUFFLE)
+        return {
+            extractor.scalar("inception_score"): found["inception_score_mean"],
+            extractor.scalar("inception_score_std"): found["inception_score_std"],
+        }
+
+
+class KID(Score):
+    """The kernel distance: an unbiased estimate of the squared maximum mean discrepancy under a cubic kernel.
+
+    Args:
+        subsets: Pairs of subsets that are compared; the result is the mean over them, with its deviation.
+        subset_size: Images in each.
+        extractor: Another than the evaluation's.
+
+    Raises:
+        ValueError: If a number is below 1, or a subset below 2 images.
+
+    Source: Bińkowski et al. 2018.
+    """
+
+    against = "features"
+
+    def __init__(self, subsets: int = 100, subset_size: int = 1000, extractor: FeatureExtractor | None = None) -> None:
+        super().__init__(extractor)
+        if subsets < 1 or subset_size < 2:
+            raise ValueError(f"KID: subsets={subsets} must be at least 1, subset_size={subset_size} at least 2")
+        self.subsets = subsets
+        self.subset_size = subset_size
+
+    def check(self, num_images: int) -> None:
+        if num_images < self.subset_size:
+            raise ValueError(
+                f"{num_images} images are fewer than KID's subset_size={self.subset_size}; raise "
+                "evaluation.num_images, or lower `subset_size`"
+            )
+
+    def __call__(
+        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        found = kid_features_to_metric(
+            generated,
+            real,
+            kid_subsets=self.subsets,
+            kid_subset_size=self.subset_size,
+            rng_seed=SHUFFLE,
+            verbose=False,
+        )
+        return {
+            extractor.scalar("kid"): found["kernel_inception_distance_mean"],
+            extractor.scalar("kid_std"): found["kernel_inception_distance_std"],
+        }
+
+
+class PrecisionRecall(Score):
+    """How many generated images lie among the real ones, and the other way round.
+
+    A set covers a point that is no farther from one of its members than that member's k-th neighbour in the set.
+
+    Args:
+        neighbours: k.
+        extractor: Another than the evaluation's; Kynkäänniemi et al. used VGG-16, Dhariwal & Nichol Inception.
+
+    Raises:
+        ValueError: If k < 1.
+
+    Source: Kynkäänniemi et al. 2019, eqs. 1 and 2.
+    """
+
+    against = "features"
+
+    def __init__(self, neighbours: int = 3, extractor: FeatureExtractor | None = None) -> None:
+        super().__init__(extractor)
+        if neighbours < 1:
+            raise ValueError(f"neighbours={neighbours} of precision and recall must be at least 1; the paper uses 3")
+        self.neighbours = neighbours
+
+    def check(self, num_images: int) -> None:
+        if num_images <= self.neighbours:
+            raise ValueError(f"{num_images} images do not have {self.neighbours} neighbours each; take more images")
+
+    def __call__(
+        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
+    ) -> dict[str, float]:
+        found = prc_features_to_metric(
+            generated, real, prc_neighborhood=self.neighbours, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+        )
+        return {extractor.scalar(name): found[name] for name in ("precision", "recall")}

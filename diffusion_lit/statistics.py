@@ -1,0 +1,83 @@
+"""Reference statistics of any images that a data module reads, for scores here and in other programs.
+
+    python -m diffusion_lit reference -c configs/cifar10.yaml --out cifar10_train.npz
+
+The file has mu and sigma, as pytorch-fid, clean-fid and OpenAI's evaluator read them, and says of what they are.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.data.base import ImageData, Split
+from diffusion_lit.data.prepare import parts_of
+from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, WrongImageCount, compute_reference
+
+
+def statistics(
+    data: ImageData, extractor: FeatureExtractor, split: Split, device: torch.device, batch_size: int = 250
+) -> Reference:
+    """Mean and covariance of the features of every image of a part, once, unflipped.
+
+    Raises:
+        WrongImageCount: If not every readable image was counted.
+        ValueError: If the data have no such part, or fewer than two images.
+        WeightsUnavailable: If the extractor's weights cannot be had.
+    """
+    images = data.dataset(split)
+    extractor.prepare()
+    with tqdm(desc=images.name, total=len(images), unit=" images") as bar:
+
+        def batches() -> Iterator[Tensor]:
+            for batch in data.reference_batches(0, 1, batch_size, split):
+                yield batch
+                bar.update(len(batch))
+
+        reference = compute_reference(batches(), extractor, device, name=images.name)
+    if reference.count != data.num_images(split):
+        raise WrongImageCount(f"{images.name}: counted {reference.count} images of {data.num_images(split)}")
+    return reference
+
+
+def main(args: Sequence[str]) -> None:
+    """Computes the statistics of a recipe's images and writes them down.
+
+    Raises:
+        ValueError: If the recipe names no data module, or the images cannot be used.
+        OSError: If the images are missing, or the file exists already.
+        WeightsUnavailable: If the extractor's weights cannot be had.
+    """
+    parser = argparse.ArgumentParser(
+        prog="diffusion_lit reference",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Further --data options are those of fit; --extractor chooses the features, Inception by default.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", default=[], help="a recipe; later ones win")
+    parser.add_argument("--out", required=True, help="the .npz file to write")
+    parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="which part of the data")
+    parser.add_argument("--batch_size", type=int, default=250, help="images at once")
+    parser.add_argument("--device", default=None, help="cuda, cpu, ...; by default a GPU if there is one")
+    given, options = parser.parse_known_args(args)
+    path = Path(given.out).expanduser()
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; remove it, or choose another file by --out")
+    parts = parts_of(
+        given.config,
+        options,
+        lambda further: further.add_subclass_arguments(
+            FeatureExtractor, "extractor", default=f"{Inception.__module__}.Inception"
+        ),
+    )
+    parts.data.prepare_data()
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    reference = statistics(parts.data, parts.extractor, given.split, device, given.batch_size)
+    reference.save(path)
+    print(
+        f"{path}: {reference.count:,} images of {reference.name}, {reference.extractor}\n"
+        f"use it by --frechet.reference {path}"
+    )

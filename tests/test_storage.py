@@ -1,0 +1,112 @@
+"""A disk that is full or a directory that is gone: training goes on, says what was not saved and damages nothing."""
+
+import json
+import resource
+import shutil
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+
+from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, SampleGrid, Scalars
+from diffusion_lit.callbacks.checkpoints import read_checkpoint
+from diffusion_lit.diffusion import DDIM
+from diffusion_lit.loggers import CSV, read_rows
+from diffusion_lit.metrics import Pixels
+from tests import forked, tiny
+from tests.tiny import identical, last, load
+
+STATE = ("state_dict", "current_model_state", "averages", "optimizer_states", "global_step")
+
+
+class Between(L.Callback):
+    """Calls something at the end of two steps."""
+
+    def __init__(self, calls: dict[int, Any]) -> None:
+        self.calls = calls
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step in self.calls:
+            self.calls[trainer.global_step]()
+
+
+def fit(place: Path, calls: dict[int, Any], steps: int = 9) -> None:
+    grid = SampleGrid(every_n_steps=2, num_images=2, batch_size=2, sampler=DDIM(2))
+    frechet = Frechet(Pixels(2), every_n_steps=3, num_images=3, batch_size=4, cache_dir=str(place / "cache"))
+    callbacks = [Between(calls), Plots(), EMA([0.9]), grid, frechet, Scalars(), Checkpoints(2, keep_every_n_steps=6)]
+    logger = CSV(str(place), flush_logs_every_n_steps=1)
+    tiny.trainer(place, steps, callbacks, logger=logger).fit(tiny.module(), tiny.data(), ckpt_path="last")
+
+
+def test_on_a_full_disk_nothing_is_damaged_and_what_was_not_saved_is_said(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    kept: dict[str, bytes] = {}
+    names = ("checkpoints/last.ckpt", "checkpoints/previous.ckpt", "samples.png", "csv/version_0/metrics.csv")
+
+    def full() -> None:
+        kept.update({name: (place / name).read_bytes() for name in names})
+        # No file may grow beyond this: the write fails as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+
+    def empty() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        same = [name for name in names if (place / name).read_bytes() == kept[name]]
+        (tmp_path / "same.json").write_text(json.dumps([same, sorted(p.name for p in place.rglob("*part*"))]))
+
+    def run() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(place, {5: full, 8: empty})
+        (tmp_path / "warnings.json").write_text(json.dumps([str(warning.message) for warning in caught]))
+
+    # Not into a file, which could not grow either.
+    code = forked.wait(forked.fork(run, Path("/dev/null")))
+    assert code == 0
+    same, parts = json.loads((tmp_path / "same.json").read_text())
+    assert same == list(names)
+    assert parts == []
+    said = json.loads((tmp_path / "warnings.json").read_text())
+    for name in ("last.ckpt", "step_00000006.ckpt", "step_00000006.png", "metrics.csv"):
+        assert any(name in line and "could not be written (File too large)" in line for line in said), name
+    fit(tmp_path / "whole", {})
+    a, b = load(last(tmp_path / "whole")), load(last(place))
+    assert [name for name in STATE if not identical(a[name], b[name])] == []
+    # Rows are kept until they can be written.
+    steps = [row["step"] for row in read_rows(place / "csv" / "version_0" / "metrics.csv")]
+    assert steps == [row["step"] for row in read_rows(tmp_path / "whole" / "csv" / "version_0" / "metrics.csv")]
+
+
+def test_where_the_run_s_directory_is_gone_training_goes_on_and_writes_again_when_it_can(tmp_path: Path) -> None:
+    place, moved = tmp_path / "run", tmp_path / "moved"
+
+    def gone() -> None:
+        place.rename(moved)
+        place.touch()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(place, {5: gone, 8: place.unlink})
+    said = [str(warning.message) for warning in caught]
+    for name in ("last.ckpt", "step_00000006.png", "metrics.csv"):
+        assert any(name in line and "training goes on" in line for line in said), name
+    fit(tmp_path / "whole", {})
+    a, b = load(last(tmp_path / "whole")), load(last(place))
+    assert [name for name in STATE if not identical(a[name], b[name])] == []
+    assert read_checkpoint(last(moved))["global_step"] == 4
+
+
+def test_where_the_end_of_training_cannot_be_kept_the_run_fails(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+
+    def gone() -> None:
+        shutil.rmtree(place)
+        place.touch()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(OSError, match=r"last\.ckpt could not be written .*: training has ended, and nothing after"):
+            fit(place, {3: gone}, steps=4)
