@@ -31,7 +31,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train sample evaluate table-ddim table-averages table-steps table-guidance bench test test-slow lint format clean
+.PHONY: help install demo train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -63,6 +63,9 @@ evaluate: $(READY) ## score CKPT=... over N images, the recipe's number by defau
 
 table-ddim: $(READY) ## score CKPT=... over steps and eta, as DDIM's table 1: a table and a plot
 	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--evaluation.num_images $(N)) $(ARGS)
+
+table-samplers: $(READY) ## score CKPT=... by every sampler over network evaluations: a table and a plot
+	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) --table SamplerTable $(if $(N),--evaluation.num_images $(N)) $(ARGS)
 
 table-averages: $(READY) ## score the averages of the weights in CKPT=...
 	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) --table AverageTable $(if $(N),--evaluation.num_images $(N)) $(ARGS)

@@ -223,7 +223,8 @@ class Trainer(L.Trainer):
             datamodule: The data.
             ckpt_path: The checkpoint to look at.
             weights: "averaged", "raw", or the decay of a further average.
-            table: Over what: samplers (DDIMTable), averages (AverageTable) or training steps (StepTable).
+            table: Over what: DDIM's steps and eta (DDIMTable), samplers (SamplerTable), averages (AverageTable) or
+                training steps (StepTable).
 
         Raises:
             ValueError: If there is no checkpoint, or nothing to fill the table with.
