@@ -1,8 +1,9 @@
 """Cases of the suite that run a network: ours and diffusers' by turns, and the machine's own limit."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusion_lit.callbacks import EMA
 from diffusion_lit.data import ImageData, ImageDataset, InMemoryImages
 from diffusion_lit.data.base import Split
 from diffusion_lit.diffusion import DDIM, ImageNoise
+from diffusion_lit.execution import Execution
 from diffusion_lit.images import from_uint8
 from diffusion_lit.metrics import Inception
 from diffusion_lit.module import DiffusionModule
@@ -29,7 +31,6 @@ from diffusion_lit.networks import UNet
 from diffusion_lit.trainer import Trainer
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-FLOAT32 = "diffusers, float32"
 
 
 class Pixels(ImageData):
@@ -44,24 +45,15 @@ class Pixels(ImageData):
         return InMemoryImages("random pixels", images)
 
 
-def peers(setting: Setting) -> dict[str, Setting]:
-    """In which precisions diffusers is run: in ours, and in float32."""
-    found = {"diffusers": setting}
-    return {**found, FLOAT32: replace(setting, bf16=False)} if setting.bf16 else found
-
-
-def pairs(setting: Setting) -> list[tuple[str, str]]:
-    """Ratios to every peer."""
-    return [("ours", peer) for peer in peers(setting)]
-
-
 def limits(setting: Setting) -> Iterator[Result]:
     """The machine's own: a large matrix product, and the 3x3 convolution that the network has most of."""
     dtype = torch.bfloat16 if setting.bf16 else torch.float32
     size = 8192 if setting.on_gpu else 2048
     a = torch.randn(size, size, device=setting.device, dtype=dtype)
-    conv = nn.Conv2d(256, 256, 3, padding=1).to(setting.device, dtype)
-    x = torch.randn(max(setting.batch_sizes), 256, 16, 16, device=setting.device, dtype=dtype)
+    layout = torch.channels_last if setting.on_gpu else torch.contiguous_format
+    conv = nn.Conv2d(256, 256, 3, padding=1).to(setting.device, dtype).to(memory_format=layout)
+    x = torch.randn(max(setting.batch_sizes), 256, 16, 16, device=setting.device, dtype=dtype).to(memory_format=layout)
+    x_with_gradient = x.clone().requires_grad_()
     conv_gflop = 2 * x.numel() * 256 * 9 / 1e9
 
     def product() -> None:
@@ -72,8 +64,8 @@ def limits(setting: Setting) -> Iterator[Result]:
             conv(x)
 
     def with_gradients() -> None:
-        y = conv(x.requires_grad_())
-        torch.autograd.grad(y, [x, *conv.parameters()], y)
+        y = conv(x_with_gradient)
+        torch.autograd.grad(y, [x_with_gradient, *conv.parameters()], y)
 
     kinds: dict[str, Work] = {
         "product": product,
@@ -88,10 +80,13 @@ def limits(setting: Setting) -> Iterator[Result]:
 
 def forward(setting: Setting) -> Iterator[Result]:
     """The network alone, without gradients."""
-    networks = {"ours": (setting.ours().eval(), setting)}
-    networks |= {name: (own.theirs().eval(), own) for name, own in peers(setting).items()}
+    networks: dict[str, tuple[Callable[..., object], Setting]] = {}
+    for name, execution in setting.variants().items():
+        network = setting.ours().eval()
+        networks[name] = (execution.of(network) or network, setting)
+    networks |= {name: (own.theirs().eval(), own) for name, own in setting.peers().items()}
 
-    def run(network: nn.Module, own: Setting, x: Tensor, t: Tensor) -> None:
+    def run(network: Callable[..., object], own: Setting, x: Tensor, t: Tensor) -> None:
         with torch.no_grad(), own.precision():
             network(x, t)
 
@@ -100,31 +95,36 @@ def forward(setting: Setting) -> Iterator[Result]:
         kinds: dict[str, Work] = {name: partial(run, *found, x, t) for name, found in networks.items()}
         times = alternate(kinds, setting.rounds, setting.device)
         gflop = setting.gflop * batch_size
-        yield row(f"forward, batch {batch_size}", times, pairs(setting), gflop=gflop, limit="convolution")
+        case, best = f"forward, batch {batch_size}", list(setting.variants())[-1]
+        yield row(case, times, setting.pairs(), gflop=gflop, limit="convolution", rate_of=best)
 
 
 def training(setting: Setting) -> Iterator[Result]:
     """One optimiser step: scaling, noise, forward, backward, clipping, Adam, average of the weights."""
     for batch_size in setting.batch_sizes:
         pixels = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=setting.device)
-        kinds: dict[str, Work] = {"ours": our_step(setting, pixels)}
-        kinds |= {name: their_step(own, pixels) for name, own in peers(setting).items()}
-        kinds["ours, by Trainer"] = partial(trainer_step, setting, batch_size)
+        variants = setting.variants()
+        kinds: dict[str, Work] = {name: our_step(setting, pixels, variant) for name, variant in variants.items()}
+        kinds |= {name: their_step(own, pixels) for name, own in setting.peers().items()}
+        best = list(variants)[-1]
+        kinds[f"{best}, by Trainer"] = partial(trainer_step, setting, batch_size, variants[best])
         times = alternate(kinds, setting.few, setting.device)
         yield row(
             f"training step, batch {batch_size}",
             times,
-            [*pairs(setting), ("ours, by Trainer", "ours")],
+            [*setting.pairs(), (f"{best}, by Trainer", best)],
+            rate_of=best,
             gflop=3 * setting.gflop * batch_size,
             images=batch_size,
             limit="convolution and its gradients",
         )
 
 
-def our_step(setting: Setting, pixels: Tensor) -> Callable[[], None]:
-    """One step by our parts, without a Trainer."""
-    model = DiffusionModule(setting.ours()).train()
-    optimizer, averages = torch.optim.Adam(model.parameters(), 2e-4), WeightAverages(model, [0.9999])
+def our_step(setting: Setting, pixels: Tensor, execution: Execution = Execution()) -> Callable[[], None]:
+    """One step by our parts, without a Trainer; where a switch is on, Adam is fused too."""
+    model = setting.model(execution).train()
+    optimizer = torch.optim.Adam(model.parameters(), 2e-4, fused=execution != Execution())
+    averages = WeightAverages(model, [0.9999])
 
     def step() -> None:
         with setting.precision():
@@ -161,19 +161,28 @@ def their_step(setting: Setting, pixels: Tensor) -> Callable[[], None]:
 
 
 class Clock(lightning.pytorch.Callback):
-    """When each step had ended."""
+    """When steps had ended.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: What is waited for.
+        every: Whether every step is, or the first and the last alone, so that between them nothing waits.
+    """
+
+    def __init__(self, device: torch.device, every: bool) -> None:
         self.device = device
+        self.every = every
         self.ends: list[float] = []
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.ends.append(now(self.device))
+    def on_train_batch_end(self, trainer: lightning.pytorch.Trainer, *_: Any) -> None:
+        if self.every or trainer.global_step in (1, trainer.max_steps):
+            self.ends.append(now(self.device))
 
 
-def fit(setting: Setting, model: DiffusionModule, batch_size: int, steps: int) -> list[float]:
+def fit(
+    setting: Setting, model: DiffusionModule, batch_size: int, steps: int, execution: Execution = Execution()
+) -> list[float]:
     """Trains under our Trainer, as the command line does; when each step had ended."""
-    clock = Clock(setting.device)
+    clock = Clock(setting.device, every=isinstance(model, TimedModule))
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = Trainer(
             default_root_dir=folder,
@@ -185,20 +194,23 @@ def fit(setting: Setting, model: DiffusionModule, batch_size: int, steps: int) -
             check_val_every_n_epoch=None,
             limit_val_batches=0,
             gradient_clip_val=1.0,
+            **asdict(execution),
             callbacks=[EMA([0.9999]), clock],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(model, Pixels(batch_size=batch_size))
+        trainer.fit(model, Pixels(batch_size=batch_size, on_device=setting.on_gpu))
     return clock.ends
 
 
-def trainer_step(setting: Setting, batch_size: int, steps: int = 2) -> float:
-    """Seconds per step under our Trainer, from the end of one to the end of the next, data and loop included."""
-    model = DiffusionModule(setting.ours(), optimizer=partial(torch.optim.Adam, lr=2e-4))
-    ends = fit(setting, model, batch_size, 1 + steps)
+def trainer_step(setting: Setting, batch_size: int, execution: Execution) -> float:
+    """Seconds per step under our Trainer, from the end of the first to the end of the last, data and loop included."""
+    optimizer = partial(torch.optim.Adam, lr=2e-4, fused=execution != Execution())
+    steps = 50 if setting.on_gpu else 2
+    model = setting.model(optimizer=optimizer, max_skipped_steps=None if setting.on_gpu else 10)
+    ends = fit(setting, model, batch_size, 1 + steps, execution)
     return (ends[-1] - ends[0]) / steps
 
 
@@ -286,9 +298,8 @@ def averages(setting: Setting) -> Iterator[Result]:
 def sampling(setting: Setting) -> Iterator[Result]:
     """Images from noise by DDIM, in float32 or bf16 networks."""
     batch_size, steps = setting.sampling
-    model = DiffusionModule(setting.ours(), sampler=DDIM(steps)).eval()
 
-    def ours() -> None:
+    def ours(model: DiffusionModule) -> None:
         with setting.precision():
             model.sample(range(batch_size))
 
@@ -296,15 +307,49 @@ def sampling(setting: Setting) -> Iterator[Result]:
         with own.precision():
             pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="pt")
 
-    kinds: dict[str, Work] = {"ours": ours}
-    for name, own in peers(setting).items():
+    variants = setting.variants()
+    kinds: dict[str, Work] = {
+        name: partial(ours, setting.model(variant, sampler=DDIM(steps)).eval()) for name, variant in variants.items()
+    }
+    for name, own in setting.peers().items():
         pipeline = diffusers.DDIMPipeline(own.theirs().eval(), diffusers.DDIMScheduler(**BETAS))
         pipeline.set_progress_bar_config(disable=True)
         kinds[name] = partial(theirs, pipeline, own)
     times = alternate(kinds, setting.few, setting.device)
     gflop = setting.gflop * batch_size * steps
-    case = f"DDIM-{steps}, batch {batch_size}"
-    yield row(case, times, pairs(setting), gflop=gflop, images=batch_size, limit="convolution")
+    yield row(
+        f"DDIM-{steps}, batch {batch_size}",
+        times,
+        setting.pairs(),
+        gflop=gflop,
+        images=batch_size,
+        limit="convolution",
+        rate_of=list(variants)[-1],
+    )
+
+
+def waits(setting: Setting) -> Iterator[Result]:
+    """How often the host waits for a GPU in a training step and in a DDIM sample; none without a GPU."""
+    if not setting.on_gpu:
+        return
+    batch_size, steps = setting.sampling
+    pixels = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=setting.device)
+    model = setting.model(sampler=DDIM(steps)).eval()
+    fused = Execution(channels_last=True)
+    cases: dict[str, Callable[[], object]] = {
+        "a training step": our_step(setting, pixels, fused),
+        f"DDIM-{steps}": partial(model.sample, range(batch_size)),
+    }
+    for name, work in cases.items():
+        work()
+        torch.cuda.synchronize(setting.device)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            work()
+            torch.cuda.set_sync_debug_mode("default")
+        places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in seen})
+        yield {"case": f"waits in {name}", "seconds": {}, "ratios": {}, "waits": len(seen), "places": places}
 
 
 def noise(setting: Setting) -> Iterator[Result]:

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.alternate import compare, spread
+from diffusion_lit.execution import INDUCTOR, Execution
+from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import UNet
 
 Result = dict[str, Any]
@@ -33,6 +35,7 @@ class Setting:
         batch_sizes: Of forward passes and training steps.
         sampling: Images at once, and steps of DDIM.
         width: Of the network; DDPM's has 128.
+        switches: Whether ours is run by every switch of `Execution` too.
     """
 
     device: torch.device
@@ -41,6 +44,26 @@ class Setting:
     batch_sizes: Sequence[int]
     sampling: tuple[int, int]
     width: int = 128
+    switches: bool = False
+
+    def variants(self) -> dict[str, Execution]:
+        """In which ways ours is run; the last has all switches on."""
+        found = {"ours": Execution()}
+        if self.switches:
+            found |= {
+                "ours, channels last": Execution(channels_last=True),
+                "ours, compiled": Execution(channels_last=True, compile=INDUCTOR),
+                "ours, compiled, graphs": Execution(channels_last=True, compile=INDUCTOR, cuda_graphs=True),
+            }
+        return found
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Ratios of every variant to every peer."""
+        return [(ours, peer) for ours in self.variants() for peer in self.peers()]
+
+    def peers(self) -> dict[str, "Setting"]:
+        """In which precisions diffusers is run: in ours, and in float32."""
+        return {"diffusers": self, **({"diffusers, float32": replace(self, bf16=False)} if self.bf16 else {})}
 
     @property
     def few(self) -> int:
@@ -58,6 +81,12 @@ class Setting:
     def ours(self) -> nn.Module:
         """DDPM's CIFAR-10 network."""
         return awake(UNet(width=self.width)).to(self.device)
+
+    def model(self, execution: Execution = Execution(), **parts: Any) -> DiffusionModule:
+        """Ours, run in some way."""
+        model = DiffusionModule(self.ours(), **parts)
+        model.execute(execution)
+        return model
 
     def theirs(self) -> nn.Module:
         """Diffusers' network with the configuration of google/ddpm-cifar10-32, and the paper's dropout."""
@@ -117,10 +146,11 @@ def row(case: str, times: Sequence[Mapping[str, float]], pairs: Sequence[tuple[s
         case: Its name.
         times: Seconds by name, of every round.
         pairs: Of which to give ratios.
-        more: Such as `gflop`, of which the first kind's rate is made; `images`, likewise.
+        more: Such as `gflop`, of which a kind's rate is made: that of `rate_of`, by default the first; `images`,
+            likewise.
     """
     seconds = {name: spread([t[name] for t in times]) for name in times[0]}
-    first = next(iter(seconds.values()))["median"]
+    first = seconds[more.setdefault("rate_of", next(iter(seconds)))]["median"]
     found: Result = {
         "case": case,
         "seconds": seconds,

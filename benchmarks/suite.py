@@ -27,6 +27,7 @@ CASES: dict[str, Callable[[Setting], Iterator[Result]]] = {
     "overhead": compute.overhead,
     "averages": compute.averages,
     "sampling": compute.sampling,
+    "waits": compute.waits,
     "noise": compute.noise,
     "features": compute.features,
     "memory": compute.memory,
@@ -49,6 +50,10 @@ def markdown(found: Result) -> str:
              if key in found]  # fmt: skip
     if "of_limit" in found:
         rates.append(f"{found['of_limit']:.0%} of limit")
+    if rates and found["rate_of"] not in ("ours", found["case"].partition(": ")[2]):
+        rates[0] = f"{found['rate_of']}: {rates[0]}"
+    if "waits" in found:
+        rates.append(f"{found['waits']} waits {', '.join(found['places'])}")
     rates += [f"{name} {size / 2**30:.2f} GiB" for name, size in found.get("bytes", {}).items()]
     cells = (
         "; ".join(f"{name} {shown(value, ' s')}" for name, value in found["seconds"].items()),
@@ -77,6 +82,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="by default 8 16, on a GPU 128 512")
     parser.add_argument("--sampling", type=int, nargs=2, help="images and steps; by default 8 10, on a GPU 512 50")
     parser.add_argument("--width", type=int, default=128, help="of the network; a narrow one shows whether all works")
+    parser.add_argument(
+        "--switches", action="store_true", help="ours in every way too; on a GPU that is so anyhow, elsewhere slow"
+    )
     parser.add_argument("--out", type=Path, help="by default runs/benchmarks/<device>_<precision>.json")
     given = parser.parse_args(args)
     torch.set_num_threads(given.threads)
@@ -84,7 +92,15 @@ def main(args: Sequence[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     images, steps = given.sampling or ((512, 50) if on_gpu else (8, 10))
     batch_sizes = given.batch_sizes or ([128, 512] if on_gpu else [8, 16])
-    setting = Setting(device, given.precision == "bf16", given.rounds, batch_sizes, (images, steps), given.width)
+    setting = Setting(
+        device,
+        given.precision == "bf16",
+        given.rounds,
+        batch_sizes,
+        (images, steps),
+        given.width,
+        given.switches or on_gpu,
+    )
     versions = {"diffusers": diffusers.__version__, "lightning": lightning.__version__}
     about = {**machine(device), "precision": given.precision, "width": given.width, "gflop": setting.gflop, **versions}
     print(", ".join(f"{name} {value}" for name, value in about.items() if value is not None), HEADER, sep="\n\n")
