@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import guidance, suite
+from benchmarks import guidance, precision, scaling, suite
 from benchmarks.setting import Setting, diffusers_network
 
 
@@ -68,3 +68,24 @@ def test_the_networks_that_are_compared_have_ddpms_size_and_arithmetic() -> None
     with torch.device("meta"):
         assert sum(p.numel() for p in diffusers_network(128).parameters()) == 35_746_307
     assert setting.gflop == pytest.approx(12.44, abs=0.01)
+
+
+def test_sending_gradients_takes_what_rings_take() -> None:
+    rates = scaling.Rates(flops=1e12, nvlink=1e9, card=1e8)
+    # Of 8 bytes each of two GPUs sends one half, gets the sum of the other and passes it on: 8 in all.
+    assert rates.all_reduce(8e9, 2) == pytest.approx(8)
+    # Two nodes of eight: 14/8 of all within, and of the eighth that each GPU has then, all of it between.
+    assert rates.all_reduce(8e9, 16) == pytest.approx(14 + 10)
+    found = scaling.scale(1_000, 1e6, 64, 2, rates)
+    assert found["computing"] == pytest.approx(32e-6)
+    assert found["share"] == pytest.approx(4e-6 / 36e-6)
+    assert scaling.scale(1_000, 1e6, round(found["batch"]), 2, rates)["share"] == pytest.approx(0.1, rel=0.01)
+
+
+def test_bf16_is_judged_by_the_range_of_float32_s_seeds() -> None:
+    exact = [{10: 1.0, 20: 0.5}, {10: 1.2, 20: 0.7}]
+    rounded = [{10: 1.1, 20: 0.7}, {10: 1.2, 20: 0.77}]
+    found = precision.compare({"float32": exact, "bf16": rounded})
+    assert found["inside"] == 0.75
+    assert [found["same_seed"][end] for end in ("min", "max")] == pytest.approx([1.0, 1.4])
+    assert [found["seeds"][end] for end in ("min", "max")] == pytest.approx([0.5 / 0.6, 0.7 / 0.6])
