@@ -56,16 +56,22 @@ def limits(setting: Setting) -> Iterator[Result]:
     x_with_gradient = x.clone().requires_grad_()
     conv_gflop = 2 * x.numel() * 256 * 9 / 1e9
 
+    # So often that waiting for a GPU's end takes no part in it.
+    repeats = 20 if setting.on_gpu else 1
+
     def product() -> None:
-        a @ a
+        for _ in range(repeats):
+            a @ a
 
     def convolution() -> None:
         with torch.no_grad():
-            conv(x)
+            for _ in range(repeats):
+                conv(x)
 
     def with_gradients() -> None:
-        y = conv(x_with_gradient)
-        torch.autograd.grad(y, [x_with_gradient, *conv.parameters()], y)
+        for _ in range(repeats):
+            y = conv(x_with_gradient)
+            torch.autograd.grad(y, [x_with_gradient, *conv.parameters()], y)
 
     kinds: dict[str, Work] = {
         "product": product,
@@ -75,7 +81,7 @@ def limits(setting: Setting) -> Iterator[Result]:
     times = alternate(kinds, 2 * setting.rounds, setting.device)
     gflop = (2 * size**3 / 1e9, conv_gflop, 3 * conv_gflop)
     for name, amount in zip(kinds, gflop, strict=True):
-        yield row(f"limit: {name}", [{name: t[name]} for t in times], gflop=amount)
+        yield row(f"limit: {name}", [{name: t[name]} for t in times], gflop=repeats * amount)
 
 
 def forward(setting: Setting) -> Iterator[Result]:
@@ -103,7 +109,8 @@ def training(setting: Setting) -> Iterator[Result]:
     """One optimiser step: scaling, noise, forward, backward, clipping, Adam, average of the weights."""
     for batch_size in setting.batch_sizes:
         pixels = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=setting.device)
-        variants = setting.variants()
+        # Graphs are for sampling.
+        variants = {name: variant for name, variant in setting.variants().items() if not variant.cuda_graphs}
         kinds: dict[str, Work] = {name: our_step(setting, pixels, variant) for name, variant in variants.items()}
         kinds |= {name: their_step(own, pixels) for name, own in setting.peers().items()}
         best = list(variants)[-1]
@@ -112,7 +119,7 @@ def training(setting: Setting) -> Iterator[Result]:
         yield row(
             f"training step, batch {batch_size}",
             times,
-            [*setting.pairs(), (f"{best}, by Trainer", best)],
+            [*setting.pairs(variants), (f"{best}, by Trainer", best)],
             rate_of=best,
             gflop=3 * setting.gflop * batch_size,
             images=batch_size,
@@ -123,7 +130,7 @@ def training(setting: Setting) -> Iterator[Result]:
 def our_step(setting: Setting, pixels: Tensor, execution: Execution = Execution()) -> Callable[[], None]:
     """One step by our parts, without a Trainer; where a switch is on, Adam is fused too."""
     model = setting.model(execution).train()
-    optimizer = torch.optim.Adam(model.parameters(), 2e-4, fused=execution != Execution())
+    optimizer = torch.optim.Adam(model.parameters(), 2e-4, fused=execution != Execution() or None)
     averages = WeightAverages(model, [0.9999])
 
     def step() -> None:
@@ -207,7 +214,7 @@ def fit(
 
 def trainer_step(setting: Setting, batch_size: int, execution: Execution) -> float:
     """Seconds per step under our Trainer, from the end of the first to the end of the last, data and loop included."""
-    optimizer = partial(torch.optim.Adam, lr=2e-4, fused=execution != Execution())
+    optimizer = partial(torch.optim.Adam, lr=2e-4, fused=execution != Execution() or None)
     steps = 50 if setting.on_gpu else 2
     model = setting.model(optimizer=optimizer, max_skipped_steps=None if setting.on_gpu else 10)
     ends = fit(setting, model, batch_size, 1 + steps, execution)

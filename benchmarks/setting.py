@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,9 +57,9 @@ class Setting:
             }
         return found
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """Ratios of every variant to every peer."""
-        return [(ours, peer) for ours in self.variants() for peer in self.peers()]
+    def pairs(self, variants: Iterable[str] | None = None) -> list[tuple[str, str]]:
+        """Ratios of every variant, or of these, to every peer."""
+        return [(ours, peer) for ours in variants or self.variants() for peer in self.peers()]
 
     def peers(self) -> dict[str, "Setting"]:
         """In which precisions diffusers is run: in ours, and in float32."""

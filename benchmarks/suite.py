@@ -108,6 +108,9 @@ def main(args: Sequence[str] | None = None) -> None:
     out = given.out or Path("runs/benchmarks") / f"{device.type}_{given.precision}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in given.cases:
+        if setting.switches:
+            # What was compiled for one case takes no part in the next, nor in torch's limit of compiled shapes.
+            torch.compiler.reset()
         for found in CASES[name](setting):
             share_of_limit(found, results)
             results.append(found)

@@ -18,7 +18,7 @@ class Execution:
     Attributes:
         channels_last: Whether weights of convolutions lie in memory with channels last, which tensor cores want.
         compile: A backend of torch.compile, "inductor" say; shapes are static, so that each batch size is compiled
-            once. None: the network runs as it is.
+            once, and from torch's limit of eight on not at all. None: the network runs as it is.
         cuda_graphs: Whether what needs no gradients, which is sampling, replays CUDA graphs. On a CPU there are none.
 
     Raises:
