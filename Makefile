@@ -31,11 +31,11 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train sample evaluate table-ddim table-averages table-steps table-guidance test test-slow lint format clean
+.PHONY: help install demo train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-14s %s\n' "$$name" "$$text"; done
+		printf '  make %-16s %s\n' "$$name" "$$text"; done
 
 install: $(READY) ## install into .venv
 
@@ -64,6 +64,9 @@ evaluate: $(READY) ## score CKPT=... over N images, the recipe's number by defau
 table-ddim: $(READY) ## score CKPT=... over steps and eta, as DDIM's table 1: a table and a plot
 	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) $(if $(N),--evaluation.num_images $(N)) $(ARGS)
 
+table-samplers: $(READY) ## score CKPT=... by every sampler over network evaluations: a table and a plot
+	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) --table SamplerTable $(if $(N),--evaluation.num_images $(N)) $(ARGS)
+
 table-averages: $(READY) ## score the averages of the weights in CKPT=...
 	$(NEEDS_CKPT)$(RUN) table --ckpt_path $(CKPT) $(DEVICES) --table AverageTable $(if $(N),--evaluation.num_images $(N)) $(ARGS)
 
@@ -72,6 +75,15 @@ table-steps: $(READY) ## score the snapshots of the run that CKPT=... is of
 
 table-guidance: $(READY) ## score CKPT=... at several guidance scales: a table and a plot
 	$(NEEDS_CKPT)$(BIN)/python -m diffusion_lit.methods.guidance_table $(CKPT) $(if $(N),--num_images $(N)) $(ARGS)
+
+bench: $(READY) ## compare speed with diffusers on this machine; on a GPU ARGS="--device cuda --precision bf16"
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.suite $(ARGS)
+
+bench-processes: $(READY) ## compare two processes with two threads of one; needs two idle cores
+	$(BIN)/python -m benchmarks.processes $(ARGS)
+
+bench-precision: $(READY) ## compare what bf16 learns with what float32 learns, on the digits
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.precision $(ARGS)
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest $(ARGS)

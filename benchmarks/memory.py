@@ -11,9 +11,11 @@ import argparse
 import json
 import weakref
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,20 +72,34 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(make: Callable[[bool], UNet | ADMUNet], checkpoint_blocks: bool, batch_size: int) -> dict[str, int]:
-    """What lives beside parameters and gradients: at the end of the forward pass, and at the worst moment."""
+def network_bytes(make: Callable[[], nn.Module], batch_size: int, bf16: bool = False) -> dict[str, int]:
+    """What lives beside parameters and gradients: at the end of the forward pass, and at the worst moment.
+
+    Args:
+        make: A network of images, 32x32 RGB unless its `in_channels` and `image_size` say otherwise.
+        batch_size: Of those images.
+        bf16: Whether the forward pass runs in bf16 by autocast.
+    """
     with FakeTensorMode():
-        network = make(checkpoint_blocks)
+        network = make()
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        x = torch.zeros(batch_size, network.in_channels, network.image_size, network.image_size)
+        size = getattr(network, "image_size", 32)
+        x = torch.zeros(batch_size, cast(int, getattr(network, "in_channels", 3)), size, size)
         with Living() as living:
             for parameter in network.parameters():
                 living.seen.add(parameter.untyped_storage()._cdata)
-            loss = network(x, torch.zeros(batch_size)).square().mean()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                answer = network(x, torch.zeros(batch_size))
+            loss = getattr(answer, "sample", answer).square().mean()
             kept = living.now
             loss.backward()
         return {"kept": kept, "peak": living.peak}
+
+
+def peak_bytes(make: Callable[[bool], UNet | ADMUNet], checkpoint_blocks: bool, batch_size: int) -> dict[str, int]:
+    """`network_bytes` of a network of ours, in float32."""
+    return network_bytes(partial(make, checkpoint_blocks), batch_size)
 
 
 def main() -> None:

@@ -45,7 +45,9 @@ class WeightAverages:
         return self._in_place
 
     def _parameters(self, module: nn.Module) -> list[Tensor]:
-        return [module.get_parameter(name) for name in self._names]
+        # By `get_parameter`, name by name, this would take milliseconds of every step.
+        parameters = dict(module.named_parameters())
+        return [parameters[name] for name in self._names]
 
     def _snapshot(self, module: nn.Module) -> list[Tensor]:
         return [p.detach().clone().float() for p in self._parameters(module)]

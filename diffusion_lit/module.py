@@ -28,6 +28,7 @@ from diffusion_lit.diffusion import (
     Sampler,
 )
 from diffusion_lit.diffusion.guidance import num_classes_of
+from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Request, check_labels
 from diffusion_lit.images import to_uint8
 from diffusion_lit.optimization import optimization
@@ -176,6 +177,11 @@ class DiffusionModule(L.LightningModule):
                 f"the data's images are {tuple(shape)} (channels, height, width) but the network takes "
                 f"{self.image_shape}; make data.init_args.image_size and the network's image_size and in_channels agree"
             )
+        self.execute(getattr(self.trainer, "execution", Execution()))
+
+    def execute(self, execution: Execution) -> None:
+        """Has the network run so from now on; a trainer does this, a program without one may."""
+        self.denoiser.run = execution.of(self.denoiser.network)
 
     # Training
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor, empty_like
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,6 +20,7 @@ def optimization(
         ValueError: That names the key, if torch refuses a setting.
     """
     optimizer: Any = named("optimizer", lambda: make_optimizer(parameters))
+    optimizer.register_load_state_dict_post_hook(keep_layout)
     if make_lr_scheduler is None:
         return optimizer
     scheduler = named("lr_scheduler", lambda: make_lr_scheduler(optimizer))
@@ -31,3 +33,14 @@ def named(key: str, make: Callable[[], Any]) -> Any:
         return make()
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"model.init_args.{key}: {error}") from error
+
+
+def keep_layout(optimizer: Optimizer) -> None:
+    """Lays an optimiser's state out as its parameters are: fused kernels take for granted that both are alike.
+
+    A checkpoint may be from a run with another memory layout.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = empty_like(parameter, dtype=value.dtype).copy_(value)

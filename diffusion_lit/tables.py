@@ -7,6 +7,7 @@ already is not computed again.
 import csv
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,7 +19,17 @@ from diffusion_lit.callbacks.checkpoints import FOLDER, read_checkpoint, run_of
 from diffusion_lit.callbacks.collective import on_first
 from diffusion_lit.callbacks.evaluation import Evaluation
 from diffusion_lit.callbacks.sample_grid import check_sampler
-from diffusion_lit.diffusion import DDIM, Ancestral, FixedLarge, Grid, Quadratic, Sampler
+from diffusion_lit.diffusion import (
+    DDIM,
+    Ancestral,
+    DPMSolver,
+    FixedLarge,
+    FixedSmall,
+    Grid,
+    Heun,
+    Quadratic,
+    Sampler,
+)
 from diffusion_lit.module import DiffusionModule
 
 SIGMA_HAT = "sigma-hat"
@@ -145,20 +156,8 @@ class DDIMTable(Table):
         return DDIM(steps, eta, self.grid, self.clip)
 
     def draw(self, figure: Any, filled: Filled, score: str) -> None:
-        left, right = figure.subplots(1, 2, sharey=True)
-        for row in dict.fromkeys(cell.row for cell, _ in filled):
-            records = [record for cell, record in filled if cell.row == row]
-            values = [record["scores"][score] for record in records]
-            label = row if row == SIGMA_HAT else f"eta {row}"
-            left.plot([record["evaluations"] for record in records], values, marker="o", label=label)
-            right.plot([seconds_per_image(record) for record in records], values, marker="o", label=label)
-        left.set(xlabel="network evaluations", ylabel=score)
-        right.set(xlabel="seconds per image and process")
-        left.legend(fontsize=8)
-        for axes in (left, right):
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.grid(alpha=0.3, which="both")
+        names = {row: row if row == SIGMA_HAT else f"eta {row}" for row in (cell.row for cell, _ in filled)}
+        draw_rows(figure, filled, score, names)
 
     def caption(self) -> str:
         beside = (
@@ -167,6 +166,68 @@ class DDIMTable(Table):
             else (f" In brackets the FID that Song et al. 2021 published for {self.published} (50,000 images).")
         )
         return f"{type(self.grid).__name__} grid, predictions {'' if self.clip else 'not '}clipped.{beside}"
+
+
+class SamplerTable(Table):
+    """Every sampler by the number of network evaluations that it may take.
+
+    Args:
+        evaluations: Columns: network evaluations per image at most. Heun's method takes an odd number, hence one less
+            where that is even.
+        samplers: Rows, by name; their own `steps` do not count. null: all there are, with their usual grids.
+
+    Raises:
+        ValueError: If there are no columns or no rows, or a number is below 1.
+    """
+
+    name = "samplers"
+    corner = "sampler \\ evaluations"
+
+    def __init__(
+        self,
+        evaluations: Sequence[int] = (5, 10, 15, 20, 50, 100),
+        samplers: dict[str, Sampler] | None = None,
+    ) -> None:
+        self.evaluations = list(evaluations)
+        self.samplers = every_sampler() if samplers is None else samplers
+        if not self.evaluations or not self.samplers or min(self.evaluations) < 1:
+            raise ValueError(
+                f"table: evaluations={self.evaluations} of {len(self.samplers)} samplers make no table; "
+                "give at least one of each, from 1 on"
+            )
+
+    def cells(self, checkpoint: Path) -> list[Cell]:
+        return [
+            Cell(name, str(count), with_steps(sampler, count))
+            for name, sampler in self.samplers.items()
+            for count in self.evaluations
+        ]
+
+    def draw(self, figure: Any, filled: Filled, score: str) -> None:
+        draw_rows(figure, filled, score, {name: name for name in self.samplers})
+
+    def caption(self) -> str:
+        return "Columns are network evaluations per image, at most."
+
+
+def every_sampler() -> dict[str, Sampler]:
+    """The samplers that there are, by name."""
+    return {
+        "Ancestral, larger variance": Ancestral(variance=FixedLarge()),
+        "Ancestral, smaller variance": Ancestral(variance=FixedSmall()),
+        "DDIM": DDIM(),
+        "DPM-Solver++ 1": DPMSolver(order=1),
+        "DPM-Solver++ 2M": DPMSolver(order=2),
+        "DPM-Solver++ 3M": DPMSolver(order=3),
+        "Heun": Heun(),
+    }
+
+
+def with_steps(sampler: Sampler, steps: int) -> Sampler:
+    """The same sampler with another number of steps."""
+    other = copy(sampler)
+    other.steps = steps
+    return other
 
 
 class Line(Table):
@@ -236,6 +297,23 @@ class StepTable(Line):
 
     def place(self, row: str) -> float | None:
         return float(row)
+
+
+def draw_rows(figure: Any, filled: Filled, score: str, names: Mapping[str, str]) -> None:
+    """Plots a curve for each row over network evaluations, and over time."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row in dict.fromkeys(cell.row for cell, _ in filled):
+        records = [record for cell, record in filled if cell.row == row]
+        values = [record["scores"][score] for record in records]
+        left.plot([record["evaluations"] for record in records], values, marker="o", label=names[row])
+        right.plot([seconds_per_image(record) for record in records], values, marker="o")
+    left.set(xlabel="network evaluations", ylabel=score)
+    right.set(xlabel="seconds per image and process")
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
 
 
 def seconds_per_image(record: Mapping[str, Any]) -> float:

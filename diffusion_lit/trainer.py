@@ -24,6 +24,7 @@ from diffusion_lit.callbacks.checkpoints import (
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
 from diffusion_lit.callbacks.signals import StopSignals
+from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Request, Requests, asked_labels
 from diffusion_lit.loggers import curves_of
 from diffusion_lit.module import AVERAGED, DiffusionModule
@@ -41,9 +42,13 @@ class Trainer(L.Trainer):
         plugins: Lightning's; a checkpoint plugin takes the place of ours.
         process_timeout: Seconds after which a process gives up waiting for another, of several; more than the longest
             that one may be busy alone, such as drawing a grid of samples.
+        channels_last: Whether the network's convolutions have their channels last in memory, as tensor cores want.
+        compile: "inductor", or another backend of torch.compile, to compile the network for each batch size at its
+            first use, which takes minutes; null: it runs as it is.
+        cuda_graphs: Whether sampling with a compiled network replays CUDA graphs; on a CPU it changes nothing.
 
     Raises:
-        ValueError: If the time or `accumulate_grad_batches` is not positive.
+        ValueError: If the time or `accumulate_grad_batches` is not positive, or the network cannot be run so.
     """
 
     def __init__(
@@ -51,10 +56,14 @@ class Trainer(L.Trainer):
         *args: Any,
         plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
         process_timeout: float = 1800.0,
+        channels_last: bool = False,
+        compile: str | None = None,
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         if not process_timeout > 0:
             raise ValueError(f"trainer.process_timeout={process_timeout} must be above 0 seconds")
+        self.execution = Execution(channels_last, compile, cuda_graphs)
         given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]
@@ -225,7 +234,8 @@ class Trainer(L.Trainer):
             datamodule: The data.
             ckpt_path: The checkpoint to look at.
             weights: "averaged", "raw", or the decay of a further average.
-            table: Over what: samplers (DDIMTable), averages (AverageTable) or training steps (StepTable).
+            table: Over what: DDIM's steps and eta (DDIMTable), samplers (SamplerTable), averages (AverageTable) or
+                training steps (StepTable).
 
         Raises:
             ValueError: If there is no checkpoint, or nothing to fill the table with.

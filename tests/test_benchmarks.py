@@ -1,11 +1,14 @@
 """That what measures speed runs; nothing here looks at a clock."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import guidance
+from benchmarks import guidance, precision, scaling, suite
+from benchmarks.setting import Setting, diffusers_network
 
 
 def test_the_cost_of_guidance_is_told_with_its_control_and_its_machine(
@@ -29,3 +32,60 @@ def test_the_cost_of_guidance_is_told_with_its_control_and_its_machine(
 def test_a_recipe_without_guidance_is_refused(repository: Path) -> None:
     with pytest.raises(ValueError, match=r"digits.yaml has no guidance; choose a recipe that has"):
         guidance.main(["--config", str(repository / "configs" / "digits.yaml")])
+
+
+def test_the_suite_compares_with_diffusers_and_writes_every_time(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ["limits", "training", "overhead", "sampling"]
+    tiny = ["--rounds", "2", "--batch_sizes", "1", "--sampling", "1", "2", "--width", "32"]
+    with warnings.catch_warnings():
+        # Diffusers' own, of torch 2.15.
+        warnings.simplefilter("ignore", FutureWarning)
+        suite.main([*tiny, "--cases", *cases, "--out", "here/found.json"])
+    printed = capsys.readouterr().out
+    found = json.loads(Path("here/found.json").read_text())
+    assert found["machine"]["torch"] == torch.__version__
+    by_case = {result["case"]: result for result in found["cases"]}
+    for name, result in by_case.items():
+        assert f"| {name} |" in printed
+        for pair, ratio in result["ratios"].items():
+            a, b = pair.split(" / ")
+            if "times" in result:
+                ratios = sorted(times[a] / times[b] for times in result["times"])
+                assert [ratio["min"], ratio["max"]] == pytest.approx([ratios[0], ratios[-1]])
+    for name in ("training step, batch 1", "DDIM-2, batch 1"):
+        assert "ours / diffusers" in by_case[name]["ratios"]
+    sampling = by_case["DDIM-2, batch 1"]
+    rate = sampling["gflop_per_s"] * sampling["seconds"]["ours"]["median"]
+    assert rate == pytest.approx(2 * found["machine"]["gflop"], rel=1e-6)
+    assert sampling["of_limit"] == pytest.approx(sampling["gflop_per_s"] / by_case["limit: convolution"]["gflop_per_s"])
+    rest = by_case["Lightning's share, batch 1"]["times"]
+    assert all(times["the rest"] + times["its parts"] == pytest.approx(times["step"]) for times in rest)
+    assert all(0 < times["the rest"] < times["step"] for times in rest)
+
+
+def test_the_networks_that_are_compared_have_ddpms_size_and_arithmetic() -> None:
+    setting = Setting(torch.device("cpu"), False, 2, [1], (1, 1))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in diffusers_network(128).parameters()) == 35_746_307
+    assert setting.gflop == pytest.approx(12.44, abs=0.01)
+
+
+def test_sending_gradients_takes_what_rings_take() -> None:
+    rates = scaling.Rates(flops=1e12, nvlink=1e9, card=1e8)
+    # Of 8 bytes each of two GPUs sends one half, gets the sum of the other and passes it on: 8 in all.
+    assert rates.all_reduce(8e9, 2) == pytest.approx(8)
+    # Two nodes of eight: 14/8 of all within, and of the eighth that each GPU has then, all of it between.
+    assert rates.all_reduce(8e9, 16) == pytest.approx(14 + 10)
+    found = scaling.scale(1_000, 1e6, 64, 2, rates)
+    assert found["computing"] == pytest.approx(32e-6)
+    assert found["share"] == pytest.approx(4e-6 / 36e-6)
+    assert scaling.scale(1_000, 1e6, round(found["batch"]), 2, rates)["share"] == pytest.approx(0.1, rel=0.01)
+
+
+def test_bf16_is_judged_by_the_range_of_float32_s_seeds() -> None:
+    exact = [{10: 1.0, 20: 0.5}, {10: 1.2, 20: 0.7}]
+    rounded = [{10: 1.1, 20: 0.7}, {10: 1.2, 20: 0.77}]
+    found = precision.compare({"float32": exact, "bf16": rounded})
+    assert found["inside"] == 0.75
+    assert [found["same_seed"][end] for end in ("min", "max")] == pytest.approx([1.0, 1.4])
+    assert [found["seeds"][end] for end in ("min", "max")] == pytest.approx([0.5 / 0.6, 0.7 / 0.6])

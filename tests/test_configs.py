@@ -1,7 +1,7 @@
 """Every recipe becomes objects, and says what its paper says."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,8 +10,10 @@ from torch import nn
 
 from diffusion_lit import cli
 from diffusion_lit.diffusion import DDIM, Ancestral, FixedLarge, FixedSmall
+from diffusion_lit.execution import Execution
 from diffusion_lit.networks import NoisyClassifier
 from diffusion_lit.networks.layers import ResBlock
+from diffusion_lit.trainer import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
@@ -52,6 +54,20 @@ def test_every_recipe_instantiates_without_touching_data(recipe: str, monkeypatc
     assert not list(Path.cwd().iterdir())
     first = (CONFIGS / f"{recipe}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ")
+
+
+def test_the_switches_for_a_gpu_stand_on_top_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = instantiate("cifar10", monkeypatch, "-c", str(CONFIGS / "gpu" / "cifar10.yaml"))
+    plain = instantiate("cifar10", monkeypatch)
+    assert made.trainer.precision == "bf16-mixed"
+    assert cast(Trainer, made.trainer).execution == Execution(channels_last=True, compile="inductor", cuda_graphs=True)
+    assert made.datamodule.on_device
+    assert made.model.max_skipped_steps is None
+    optimizers = [m.model.make_optimizer([nn.Parameter(torch.zeros(1))]) for m in (made, plain)]
+    assert [optimizer.defaults.pop("fused") for optimizer in optimizers] == [True, None]
+    assert optimizers[0].defaults == optimizers[1].defaults
+    assert rates(made.model, [0, 4999]) == rates(plain.model, [0, 4999])
+    assert made.datamodule.batch_size == plain.datamodule.batch_size
 
 
 def callbacks_of(made: OnlyParts) -> list[Any]:

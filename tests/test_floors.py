@@ -17,20 +17,21 @@ BELOW: dict[str, set[str]] = {
     "statistics": {"data", "metrics"},
     "generation": {"types"},
     "averaging": {"types"},
+    "execution": set(),
     "loggers": set(),
     "optimization": set(),
-    "module": {"types", "images", "diffusion", "averaging", "generation", "optimization"},
+    "module": {"types", "images", "diffusion", "averaging", "execution", "generation", "optimization"},
     "callbacks": {
-        "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module",
+        "types", "images", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers", "module",
         "records",
     },
     "tables": {
-        "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module", "callbacks",
-        "records",
+        "types", "images", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers", "module",
+        "callbacks", "records",
     },
     "trainer": {
-        "types", "images", "diffusion", "averaging", "generation", "data", "metrics", "loggers", "module", "callbacks",
-        "records", "tables",
+        "types", "images", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers", "module",
+        "callbacks", "records", "tables",
     },
     "exchange": {
         "types", "images", "diffusion", "networks", "averaging", "generation", "module", "callbacks",

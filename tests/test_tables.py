@@ -9,9 +9,10 @@ from PIL import Image
 
 from diffusion_lit import cli
 from diffusion_lit.records import RESULTS, read_records
-from diffusion_lit.tables import PUBLISHED, AverageTable, DDIMTable, StepTable
+from diffusion_lit.tables import PUBLISHED, AverageTable, DDIMTable, SamplerTable, StepTable
 from tests.test_cli import AVERAGES, CPU, QUIET, fit_args
 
+SAMPLERS = ("Ancestral", "DDIM", "DPMSolver", "Heun")
 NUMBERS = ["--evaluation.num_images=12", "--evaluation.batch_size=6", "--trainer.limit_test_batches=1"]
 
 
@@ -60,6 +61,28 @@ def test_ddims_table_has_every_cell_once_and_the_published_values_beside_it(chec
     assert len(read_records(run / RESULTS)) == 10
 
 
+def test_every_sampler_is_scored_with_no_more_evaluations_than_its_column_says(checkpoint: Path) -> None:
+    run = checkpoint.parent.parent
+    before = len(read_records(run / RESULTS))
+    rows = table(checkpoint, "--table", "SamplerTable", "--table.evaluations=[2,5]")
+    records = read_records(run / RESULTS)[before:]
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    assert {sampler["class"] for sampler in (record["sampler"] for record in records)} == set(SAMPLERS)
+    assert len(rows) == len(records) == 2 * len(names)
+    for row, record in zip(rows, records, strict=True):
+        wanted = int(row["column"])
+        assert int(row["evaluations"]) == (wanted - 1 + wanted % 2 if row["row"] == "Heun" else wanted)
+        assert float(row["frechet/pixels"]) == record["scores"]["frechet/pixels"]
+    text = (run / "table_samplers.md").read_text()
+    assert "| sampler \\ evaluations | 2 | 5 |" in text
+    assert (run / "table_samplers.png").is_file()
+    # Chosen samplers, and one cell more: only that one is computed.
+    one = '{"DDIM": {"class_path": "DDIM", "init_args": {"steps": 7}}}'
+    again = table(checkpoint, "--table", "SamplerTable", "--table.evaluations=[2,3]", "--table.samplers", one)
+    assert again[0]["frechet/pixels"] == next(row["frechet/pixels"] for row in rows if row["row"] == "DDIM")
+    assert [record["evaluations"] for record in read_records(run / RESULTS)[before + len(rows) :]] == [3]
+
+
 def test_averages_and_steps_have_tables_too(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
     rows = table(checkpoint, "--table", "AverageTable")
@@ -87,6 +110,9 @@ def test_what_makes_no_table_is_refused(checkpoint: Path, tmp_path: Path, capfd:
     for make, message in (
         (lambda: DDIMTable(steps=[]), "make no table"),
         (lambda: DDIMTable(etas=[1.5]), "eta=1.5 must lie in"),
+        (lambda: SamplerTable(evaluations=[]), "make no table"),
+        (lambda: SamplerTable(evaluations=[0]), "from 1 on"),
+        (lambda: SamplerTable(samplers={}), "of 0 samplers make no table"),
         (lambda: StepTable().cells(tmp_path / "checkpoints" / "last.ckpt"), "holds no step_<n>.ckpt"),
         (lambda: AverageTable().cells(without_averages(checkpoint, tmp_path)), "holds no averages"),
     ):

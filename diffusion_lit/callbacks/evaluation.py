@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffusion_lit.callbacks.real_images import RealImages
 from diffusion_lit.callbacks.sample_grid import check_sampler
 from diffusion_lit.callbacks.scalars import images_seen
 from diffusion_lit.diffusion import Sampler
+from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
@@ -236,7 +238,7 @@ class Evaluation(L.Callback):
                         module.on_sampling_step(1, 1)
                     continue
                 start = time.perf_counter()
-                with counted(module.denoiser.network) as calls:
+                with counted(module.denoiser) as calls:
                     images = to_uint8(module.sample(request["index"].tolist(), self.seed, sampler))
                 seconds = elapsed(start, module.device)
                 tensors = {
@@ -295,10 +297,10 @@ def announce(partial: PartialResults, requests: Requests) -> None:
 
 
 @contextmanager
-def counted(network: nn.Module) -> Iterator[list[None]]:
-    """Collects one entry for each call of a network inside the context."""
+def counted(denoiser: nn.Module) -> Iterator[list[None]]:
+    """Collects one entry for each call of a denoiser inside the context: the network's hooks see none if compiled."""
     calls: list[None] = []
-    hook = network.register_forward_pre_hook(lambda *_: calls.append(None))
+    hook = denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
         yield calls
     finally:
@@ -331,6 +333,7 @@ def circumstances(trainer: L.Trainer, module: DiffusionModule) -> dict[str, Any]
     """Where and with what something was computed."""
     return {
         "processes": trainer.world_size,
+        "execution": asdict(getattr(trainer, "execution", Execution())),
         "device": device_name(module.device),
         "versions": {"python": platform.python_version(), **{package: version_of(package) for package in PACKAGES}},
         "config": module.config,

@@ -5,7 +5,7 @@ import multiprocessing
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 import lightning as L
 import torch
@@ -121,11 +121,20 @@ class InMemoryImages(ImageDataset):
         return self.images[index], None if self.labels is None else int(self.labels[index])
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        chosen = torch.tensor(indices, dtype=torch.int64)
+        return self.gather(torch.tensor(indices, dtype=torch.int64))
+
+    def gather(self, chosen: Tensor) -> Batch:
+        """As `batch`, by a tensor of numbers, int64 (B,), on the device of the images."""
         batch: Batch = {"image": self.images.index_select(0, chosen)}
         if self.labels is not None:
             batch["label"] = self.labels.index_select(0, chosen)
         return batch
+
+    def to(self, device: torch.device) -> "InMemoryImages":
+        """The same images and labels on a device; themselves, where they are there."""
+        return InMemoryImages(
+            self.name, self.images.to(device), None if self.labels is None else self.labels.to(device)
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 over the shape and every pixel."""
@@ -134,6 +143,29 @@ class InMemoryImages(ImageDataset):
             digest.update(self.images.numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+
+class Chosen(TypedDict):
+    """Which images a batch has, where the images are on the device already.
+
+    Attributes:
+        index: int64, (B,).
+        flip: Which of them to mirror, bool, (B,).
+    """
+
+    index: Tensor
+    flip: Tensor
+
+
+class Choices(Dataset[Chosen]):
+    """Turns the keys of a training batch into tensors, and reads nothing."""
+
+    def __getitem__(self, key: Key) -> Chosen:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: list[Key]) -> Chosen:
+        indices, flips = zip(*keys, strict=True)
+        return {"index": torch.tensor(indices, dtype=torch.int64), "flip": torch.tensor(flips, dtype=torch.bool)}
 
 
 class Batches(Dataset[Batch]):
@@ -196,7 +228,7 @@ class BatchLoader(DataLoader[Batch]):
     """A loader that passes over batches in which no image was readable."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return (batch for batch in super().__iter__() if len(batch["image"]))
+        return (batch for batch in super().__iter__() if "index" in batch or len(batch["image"]))
 
 
 class ImageData(L.LightningDataModule, ABC):
@@ -217,6 +249,8 @@ class ImageData(L.LightningDataModule, ABC):
         on_corrupt: Whether an unreadable image is an error ("stop"), or is named in a warning, counted and
             left out ("skip").
         eval_batch_size: Most images per batch and process in validation and test.
+        on_device: Whether the device that trains holds all training images, 8 bits each, so that a batch's numbers are
+            all it is sent; for sets held in memory.
 
     Raises:
         ValueError: If a number is out of range.
@@ -230,6 +264,7 @@ class ImageData(L.LightningDataModule, ABC):
         seed: int = 0,
         on_corrupt: Literal["stop", "skip"] = "stop",
         eval_batch_size: int = 256,
+        on_device: bool = False,
     ) -> None:
         super().__init__()
         at_least("batch_size", batch_size, 1)
@@ -244,6 +279,8 @@ class ImageData(L.LightningDataModule, ABC):
         self.seed = seed
         self.on_corrupt = on_corrupt
         self.eval_batch_size = eval_batch_size
+        self.on_device = on_device
+        self._resident: InMemoryImages | None = None
         self._datasets: dict[Split, ImageDataset | None] = {}
         self._unreadable: dict[Split, Tensor] = {}
 
@@ -267,7 +304,12 @@ class ImageData(L.LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         if stage in ("fit", None):
             self.micro_batch()
-            self.dataset("train")
+            images = self.dataset("train")
+            if self.on_device and not isinstance(images, InMemoryImages):
+                raise ValueError(
+                    f"on_device=true, but {images.name} is read as needed; set --data.init_args.on_device false, or "
+                    "hold the set in memory"
+                )
             self._load("val")
         elif stage == "validate":
             self.dataset("val")
@@ -343,15 +385,25 @@ class ImageData(L.LightningDataModule, ABC):
             return BatchLoader(Batches(nothing, training=False), batch_sampler=[[]], collate_fn=as_is)
         return self._loader("test", self._one_pass("test"))
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Mirrors and scales on the device: uint8 to float in [-1, 1]."""
-        image = batch["image"]
-        if "flip" in batch:
-            image = torch.where(batch["flip"][:, None, None, None], image.flip(-1), image)
+    def on_after_batch_transfer(self, batch: Batch | Chosen, dataloader_idx: int) -> Batch:
+        """Mirrors and scales on the device, uint8 to float in [-1, 1]; takes the images from there, if they are."""
+        flip = batch.get("flip")
+        whole = self._gathered(cast(Chosen, batch)["index"]) if "index" in batch else batch
+        image = whole["image"]
+        if flip is not None:
+            image = torch.where(flip[:, None, None, None], image.flip(-1), image)
         ready: Batch = {"image": from_uint8(image)}
-        if "label" in batch:
-            ready["label"] = batch["label"]
+        if "label" in whole:
+            ready["label"] = whole["label"]
         return ready
+
+    def _gathered(self, index: Tensor) -> Batch:
+        if self._resident is None or self._resident.images.device != index.device:
+            images = self.dataset("train")
+            if not isinstance(images, InMemoryImages):
+                raise TypeError(f"{images.name} is not held in memory")
+            self._resident = images.to(index.device)
+        return self._resident.gather(index)
 
     def reference_batches(
         self, rank: int, world_size: int, batch_size: int, split: Split = "train"
@@ -440,8 +492,9 @@ class ImageData(L.LightningDataModule, ABC):
             warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
         num_workers = self._workers(images)
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        resident = training and self.on_device and isinstance(images, InMemoryImages)
         return BatchLoader(
-            Batches(images, training, self._unreadable.get(split)),
+            cast(Dataset[Batch], Choices()) if resident else Batches(images, training, self._unreadable.get(split)),
             batch_sampler=batches,
             collate_fn=as_is,
             num_workers=num_workers,

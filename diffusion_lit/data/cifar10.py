@@ -27,6 +27,7 @@ class CIFAR10(ImageData):
         seed: Of the order and the mirroring of training images.
         on_corrupt: Not used: every file is checked against its MD5 sum.
         eval_batch_size: Most images per batch and process in validation and test.
+        on_device: Whether the device that trains holds the training images, 154 MB of 8 bits each.
 
     Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images.
     """
@@ -41,8 +42,9 @@ class CIFAR10(ImageData):
         seed: int = 0,
         on_corrupt: Literal["stop", "skip"] = "stop",
         eval_batch_size: int = 256,
+        on_device: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size)
+        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size, on_device)
         self.root = Path(root).expanduser()
         self.download = download
 

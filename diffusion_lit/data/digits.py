@@ -22,6 +22,7 @@ class Digits(ImageData):
         seed: Of the order of training images.
         on_corrupt: Not used: nothing is decoded.
         eval_batch_size: Most images per batch and process in validation and test.
+        on_device: Whether the device that trains holds the training images, 8 bits each.
 
     Source: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits, the UCI test set.
     """
@@ -34,8 +35,9 @@ class Digits(ImageData):
         seed: int = 0,
         on_corrupt: Literal["stop", "skip"] = "stop",
         eval_batch_size: int = 256,
+        on_device: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size)
+        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size, on_device)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

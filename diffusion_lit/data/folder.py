@@ -53,6 +53,7 @@ class Folder(ImageData):
         seed: Of the order and the mirroring of training images.
         on_corrupt: Whether an unreadable image is an error, or is named, counted and left out.
         eval_batch_size: Most images per batch and process in validation and test.
+        on_device: Whether the device that trains holds the training images, 8 bits each; where they are held in memory.
 
     Raises:
         ValueError: If a number is out of range.
@@ -71,8 +72,9 @@ class Folder(ImageData):
         seed: int = 0,
         on_corrupt: Literal["stop", "skip"] = "stop",
         eval_batch_size: int = 256,
+        on_device: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size)
+        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size, on_device)
         at_least("image_size", image_size, 1)
         if channels not in (1, 3):
             raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.init_args.channels")

@@ -1,5 +1,7 @@
 """Network + parameterization = denoiser: from x_t to a prediction of x_0 and eps."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion.parameterization import Parameterization
@@ -16,6 +18,9 @@ class Denoiser(nn.Module):
         parameterization: What the first C channels of the network's output mean.
         process: Gives the coefficients.
 
+    Attributes:
+        run: What is called in place of the network, such as its compiled form; None: the network itself.
+
     Raises:
         ValueError: If the parameterization is undefined somewhere on the process.
     """
@@ -26,6 +31,7 @@ class Denoiser(nn.Module):
         self.network = network
         self.parameterization = parameterization
         self.process = process
+        self.run: Callable[..., Tensor] | None = None
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """Predicts x_0 and eps.
@@ -38,9 +44,10 @@ class Denoiser(nn.Module):
         Returns:
             The prediction in the dtype of x_t, whatever precision the network ran in.
         """
-        time = self.process.network_time(t).to(x_t.device).expand(x_t.shape[0])
+        # Not blocking: a time that a sampler holds on the host would make it wait for the device at every step.
+        time = self.process.network_time(t).to(x_t.device, non_blocking=True).expand(x_t.shape[0])
         channels = x_t.shape[1]
-        answer = self.network(x_t, time, condition).to(x_t.dtype)
+        answer = (self.run or self.network)(x_t, time, condition).to(x_t.dtype)
         output, extra = answer[:, :channels], answer[:, channels:] if answer.shape[1] > channels else None
         x0_x, x0_f, eps_x, eps_f = (expand(c, x_t) for c in self.parameterization.reading(self.process, t))
         return Prediction(x0=x0_x * x_t + x0_f * output, eps=eps_x * x_t + eps_f * output, extra=extra)

@@ -316,3 +316,25 @@ def test_a_run_without_validation_images_trains(photo_folder: Write) -> None:
 
     trainer(3).fit(Unlabelled(), Folder(str(photo_folder(3)), 8, batch_size=8))
     assert steps == [8, 8, 8]
+
+
+def test_images_that_lie_on_the_device_make_the_same_batches() -> None:
+    loaders = []
+    for on_device in (False, True):
+        data = Numbered(batch_size=8, seed=5, on_device=on_device)
+        # Three epochs of 22 images, the ends inside batches; half of them mirrored.
+        batches = [data.on_after_batch_transfer(b, 0) for b, _ in zip(data.train_dataloader(), range(9), strict=False)]
+        loaders.append(batches)
+    for host, device in zip(*loaders, strict=True):
+        assert sorted(host) == sorted(device) == ["image", "label"]
+        assert torch.equal(host["image"], device["image"])
+        assert torch.equal(host["label"], device["label"])
+    one = Numbered(batch_size=8, on_device=True)
+    assert sorted(next(iter(one.train_dataloader()))) == ["flip", "index"]
+    assert sorted(one._loader("val", one._one_pass("val")).__iter__().__next__()) == ["image", "label"]
+
+
+def test_images_that_are_read_as_needed_cannot_lie_on_the_device(photo_folder: Write) -> None:
+    data = Folder(str(photo_folder(3)), 8, in_memory=False, on_device=True)
+    with pytest.raises(ValueError, match=r"on_device=true, but .* is read as needed"):
+        data.setup("fit")

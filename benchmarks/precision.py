@@ -1,0 +1,124 @@
+"""Whether bf16 learns what float32 learns: the digits recipe by several seeds in both.
+
+    python -m benchmarks.precision
+
+Loss curves: at every logged step, bf16 against the range of float32's seeds. Seed by seed, both see the same images,
+times and noise, so that their difference is the precision's alone. Then the Fréchet distance of samples that one
+float32 model makes in float32 and in bf16, by several seeds of noise, whose spread is the distance's own noise.
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.alternate import machine, spread
+from benchmarks.setting import quiet
+from diffusion_lit import cli
+from diffusion_lit.callbacks.checkpoints import last_checkpoint
+from diffusion_lit.records import RESULTS, read_records
+
+PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
+HERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false"]
+Curve = dict[int, float]
+"""Loss by step."""
+
+
+def train(run: Path, precision: str, seed: int, steps: int, every: int, more: Sequence[str]) -> Curve:
+    """Trains the recipe; the losses that it logs."""
+    configs = Path(__file__).parent.parent / "configs"
+    settings = {
+        "seed_everything": seed,
+        "trainer.default_root_dir": run,
+        "trainer.precision": precision,
+        "trainer.max_steps": steps,
+        "trainer.log_every_n_steps": every,
+        "trainer.logger": "diffusion_lit.loggers.CSV",
+        "frechet.every_n_steps": "null",
+        "frechet.at_start": "false",
+        "sample_grid.num_images": 1,
+    }
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    with quiet():
+        cli.main(["fit", "-c", str(configs / "base.yaml"), "-c", str(configs / "digits.yaml"), *HERE, *options, *more])
+    [file] = (run / "csv").rglob("metrics.csv")
+    with file.open(newline="") as rows:
+        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(rows) if row.get("train/loss")}
+
+
+def distances(run: Path, seeds: Sequence[int], num_images: int, steps: int) -> dict[str, list[float]]:
+    """The Fréchet distance of samples by precision, for each seed of their noise."""
+    found: dict[str, list[float]] = {}
+    few = [f"--evaluation.num_images={num_images}", "--trainer.limit_test_batches=1"]
+    sampler = ["--evaluation.sampler=DDIM", f"--evaluation.sampler.steps={steps}"]
+    for name, precision in PRECISIONS.items():
+        for seed in seeds:
+            with quiet(), redirect_stdout(io.StringIO()):
+                cli.main(
+                    ["test", "--ckpt_path", str(last_checkpoint(run)), *HERE, *few, *sampler,
+                     f"--evaluation.seed={seed}", f"--trainer.precision={precision}"]
+                )  # fmt: skip
+            scores = read_records(run / RESULTS)[-1]["scores"]
+            found.setdefault(name, []).append(next(iter(scores.values())))
+    return found
+
+
+def compare(curves: dict[str, list[Curve]]) -> dict[str, Any]:
+    """How bf16's curves lie to float32's.
+
+    Returns:
+        "inside": of all points of bf16's curves, which part lies in float32's range at its step; "same_seed": of one
+        loss / the other with the same seed, the spread; "seeds": of float32's losses / their mean at each step.
+    """
+    exact, rounded = curves["float32"], curves["bf16"]
+    by_step = {step: [curve[step] for curve in exact] for step in exact[0]}
+    inside = [min(by_step[step]) <= loss <= max(by_step[step]) for curve in rounded for step, loss in curve.items()]
+    same_seed = [b[step] / a[step] for a, b in zip(exact, rounded, strict=True) for step in a]
+    seeds = [loss * len(losses) / sum(losses) for losses in by_step.values() for loss in losses]
+    return {"inside": sum(inside) / len(inside), "same_seed": spread(same_seed), "seeds": spread(seeds)}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Trains, samples, prints the comparison and writes it with all losses."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="of training, and of samples")
+    parser.add_argument("--steps", type=int, default=300, help="of the optimiser")
+    parser.add_argument("--every", type=int, default=20, help="steps whose mean loss is a point of a curve")
+    parser.add_argument("--num_images", type=int, default=1797, help="for a Fréchet distance")
+    parser.add_argument("--sampling_steps", type=int, default=25, help="of DDIM")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/precision.json"))
+    given, more = parser.parse_known_args(args)
+    curves: dict[str, list[Curve]] = {name: [] for name in PRECISIONS}
+    with TemporaryDirectory() as folder:
+        for seed in range(given.seeds):
+            for name, precision in PRECISIONS.items():
+                run = Path(folder) / f"{name}_{seed}"
+                curves[name].append(train(run, precision, seed, given.steps, given.every, more))
+        frechet = distances(Path(folder) / "float32_0", range(given.seeds), given.num_images, given.sampling_steps)
+    about = machine(torch.device("cpu"))
+    found = compare(curves)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps({"machine": about, **found, "frechet": frechet, "curves": curves}, indent=1) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in about.items() if value is not None))
+    print(
+        f"| | median | least to most |\n|---|---|---|\n| points of bf16 in float32's range | {found['inside']:.0%} | |"
+    )
+    rows = {
+        "loss in bf16 / in float32, same seed": found["same_seed"],
+        "loss in float32 / mean of seeds": found["seeds"],
+        **{f"Fréchet distance of samples in {name}": spread(values) for name, values in frechet.items()},
+    }
+    for name, s in rows.items():
+        print(f"| {name} | {s['median']:.4g} | {s['min']:.4g} to {s['max']:.4g} |")
+    print(f"\nall losses: {given.out}")
+
+
+if __name__ == "__main__":
+    main()
