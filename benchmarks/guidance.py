@@ -10,19 +10,18 @@ counts little; on a GPU it is the clock's, from an idle device to an idle device
 
 import argparse
 import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from benchmarks.alternate import machine
 from diffusion_lit.module import DiffusionModule
 
 RATIOS = {
@@ -91,20 +90,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and range."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "quartile_1": low, "quartile_3": high, "min": min(values), "max": max(values)}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the times were taken on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 def main(args: Sequence[str] | None = None) -> None:

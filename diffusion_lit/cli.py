@@ -192,8 +192,14 @@ def load_model(path: str) -> DiffusionModule:
 
 
 def require_devices(trainer: Namespace) -> None:
-    """Raises ValueError if more GPUs are asked for than there are."""
+    """Raises ValueError if more GPUs are asked for than there are, or GPUs that cannot be used."""
     gpus = torch.cuda.device_count()
+    apple = trainer.accelerator == "auto" and gpus == 0 and torch.backends.mps.is_available()
+    if apple or trainer.accelerator == "mps":
+        raise ValueError(
+            f"trainer.accelerator={trainer.accelerator}: Apple's GPUs lack the float64 that the process needs; "
+            "use GPUS=0, or --trainer.accelerator cpu"
+        )
     if trainer.accelerator not in ("gpu", "cuda"):
         return
     wanted = str(trainer.devices)

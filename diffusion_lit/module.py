@@ -31,7 +31,7 @@ from diffusion_lit.diffusion.guidance import num_classes_of
 from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Request, check_labels
 from diffusion_lit.images import to_uint8
-from diffusion_lit.optimization import optimization
+from diffusion_lit.optimization import named, optimization
 from diffusion_lit.types import Batch, Condition, DenoiseFn, StepFn
 
 TRAINING, VALIDATION = 0, 1
@@ -147,6 +147,7 @@ class DiffusionModule(L.LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.in_optimizer_step = False
         self.seen_in_step: list[tuple[Tensor, Tensor]] = []
         self.on_sampling_step: StepFn | None = None
         self.sampled_at_once: int | None = None
@@ -220,6 +221,9 @@ class DiffusionModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return optimization(self.parameters(), self.make_optimizer, self.make_lr_scheduler)
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        named("lr_scheduler", lambda: super(DiffusionModule, self).lr_scheduler_step(scheduler, metric))
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -239,6 +243,8 @@ class DiffusionModule(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)
             self.skipped_in_a_row += 1
             self.skipped_steps += 1
+        # From here on weights move; what is broken off before the averages have followed is no state to keep.
+        self.in_optimizer_step = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Averages right after the weights have moved, so that no callback's order matters.
@@ -252,6 +258,7 @@ class DiffusionModule(L.LightningModule):
         seen = list(self.seen_in_step)
         self.seen_in_step.clear()
         if self.skipped_in_a_row:
+            self.in_optimizer_step = False
             if self.skipped_in_a_row == self.max_skipped_steps:
                 raise NonFiniteGradients(self._why_stopped([losses for _, losses in seen]))
             return
@@ -259,6 +266,7 @@ class DiffusionModule(L.LightningModule):
         self.objective.observe(t, losses, self._gather)
         if self.averages is not None:
             self.averages.update(self)
+        self.in_optimizer_step = False
 
     def _why_stopped(self, losses: list[Tensor]) -> str:
         """What a person needs to find the cause; collective.

@@ -1,5 +1,6 @@
 """Results as JSON lines, and parts as plain data, so that a figure says how it came about."""
 
+import errno
 import hashlib
 import inspect
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 RESULTS = "results.jsonl"
@@ -68,12 +70,21 @@ def key_of(what: Any) -> str:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON line to a file in a single write, and waits until it is on the disk."""
+    """Adds one JSON line to a file in a single write, and waits until it is on the disk.
+
+    Raises:
+        OSError: If not all of it could be written; the file is as it was then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record) + "\n").encode()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(file, line)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(file, line) != len(line):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(file)
     finally:
         os.close(file)
@@ -91,3 +102,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+def read_recipe(path: Path | str) -> dict[str, Any]:
+    """What a recipe says.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is no YAML of keys and values.
+    """
+    try:
+        said = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is no configuration; give a recipe such as configs/cifar10.yaml")
+    return said

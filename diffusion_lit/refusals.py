@@ -18,7 +18,7 @@ from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
 
-USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException)
+USER_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, MisconfigurationException)
 ROOMS = (callbacks, data, diffusion, loggers, metrics, networks, tables)
 
 

@@ -63,6 +63,13 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=250, help="images at once")
     parser.add_argument("--device", default=None, help="cuda, cpu, ...; by default a GPU if there is one")
     given, options = parser.parse_known_args(args)
+    if given.batch_size < 1:
+        raise ValueError(f"--batch_size={given.batch_size} must be at least 1")
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and torch.cuda.device_count() <= (device.index or 0):
+        raise ValueError(
+            f"--device {given.device}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
     path = Path(given.out).expanduser()
     if path.exists():
         raise FileExistsError(f"{path} exists already; remove it, or choose another file by --out")
@@ -74,7 +81,6 @@ def main(args: Sequence[str]) -> None:
         ),
     )
     parts.data.prepare_data()
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reference = statistics(parts.data, parts.extractor, given.split, device, given.batch_size)
     reference.save(path)
     print(

@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from diffusion_lit.callbacks.checkpoints import FOLDER, read_checkpoint, run_of
 from diffusion_lit.callbacks.collective import on_first
 from diffusion_lit.callbacks.evaluation import Evaluation
-from diffusion_lit.callbacks.sample_grid import check_sampler
 from diffusion_lit.diffusion import (
     DDIM,
     Ancestral,
@@ -84,10 +83,12 @@ class Table(ABC):
     Attributes:
         name: Of the files: <run>/table_<name>.md, .csv and .png.
         corner: What rows and columns are.
+        columns: The option that chooses columns.
     """
 
     name: str
     corner: str
+    columns: str = "steps"
 
     @abstractmethod
     def cells(self, checkpoint: Path) -> list[Cell]:
@@ -182,6 +183,7 @@ class SamplerTable(Table):
 
     name = "samplers"
     corner = "sampler \\ evaluations"
+    columns = "evaluations"
 
     def __init__(
         self,
@@ -288,7 +290,7 @@ class StepTable(Line):
     axis = "optimiser step"
 
     def cells(self, checkpoint: Path) -> list[Cell]:
-        files = sorted((run_of(checkpoint) / FOLDER).glob("step_*.ckpt"))
+        files = sorted((run_of(checkpoint) / FOLDER).glob("step_" + 8 * "[0-9]" + ".ckpt"))
         if not files:
             raise ValueError(
                 f"{run_of(checkpoint) / FOLDER} holds no step_<n>.ckpt; train with --checkpoints.keep_every_n_steps"
@@ -341,7 +343,13 @@ class Tabulator(L.Callback):
             raise ValueError(f"table: the checkpoint is of a {type(pl_module).__name__}, which generates nothing")
         for cell in self.cells:
             if cell.sampler is not None:
-                check_sampler(cell.sampler, pl_module.process, "table")
+                try:
+                    cell.sampler.times(pl_module.process)
+                except ValueError as error:
+                    reason = str(error).partition(";")[0]
+                    raise ValueError(
+                        f"table: column {cell.column}: {reason}; choose others by --table.{self.table.columns}"
+                    ) from None
         self.evaluation.setup(trainer, pl_module, stage)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

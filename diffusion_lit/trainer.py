@@ -31,6 +31,7 @@ from diffusion_lit.module import AVERAGED, DiffusionModule
 from diffusion_lit.tables import DDIMTable, Table, Tabulator
 
 LAST = "last"
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class Trainer(L.Trainer):
@@ -48,7 +49,8 @@ class Trainer(L.Trainer):
         cuda_graphs: Whether sampling with a compiled network replays CUDA graphs; on a CPU it changes nothing.
 
     Raises:
-        ValueError: If the time or `accumulate_grad_batches` is not positive, or the network cannot be run so.
+        ValueError: If the time or `accumulate_grad_batches` is not positive, the precision is none of
+            `PRECISIONS`, or the network cannot be run so.
     """
 
     def __init__(
@@ -71,8 +73,12 @@ class Trainer(L.Trainer):
             kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
-        if self.accumulate_grad_batches < 1:
+        if not self.accumulate_grad_batches or self.accumulate_grad_batches < 1:
             raise ValueError(f"trainer.accumulate_grad_batches={self.accumulate_grad_batches} must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={self.precision}: weights and noise are float32 here; use {', '.join(PRECISIONS)}"
+            )
         if hasattr(self.strategy, "_timeout"):
             self.strategy._timeout = timedelta(seconds=process_timeout)
         self._signal_connector = StopSignals(self)

@@ -11,7 +11,7 @@ BELOW: dict[str, set[str]] = {
     "images": {"types"},
     "diffusion": {"types", "images"},
     "networks": {"types", "images"},
-    "data": {"types", "images"},
+    "data": {"types", "images", "records"},
     "metrics": {"types", "images", "records"},
     "records": set(),
     "statistics": {"data", "metrics"},
@@ -34,7 +34,7 @@ BELOW: dict[str, set[str]] = {
         "callbacks", "records", "tables",
     },
     "exchange": {
-        "types", "images", "diffusion", "networks", "averaging", "generation", "module", "callbacks",
+        "types", "images", "diffusion", "networks", "averaging", "generation", "module", "callbacks", "records",
     },
 }  # fmt: skip
 ABOVE_ALL = {"cli", "refusals", "__main__"}

@@ -38,7 +38,11 @@ whole = st.sampled_from([-1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 100, 1000, 1001
 real = st.sampled_from([-1.0, 0.0, 1e-30, 1e-4, 0.02, 0.5, 0.999, 1.0, 1.5, 3.0, 1e30, float("inf"), float("nan")])
 junk: st.SearchStrategy[Any] = st.sampled_from(["", "many", None, True, [], {}, [1], "Linear", -0.5, "runs/nowhere"])
 steps = st.sampled_from([-1, 0, 1, 2, 5, 17, 101, 1001, 10**9])
-grid = st.one_of(*(part(name) for name in ("Uniform", "Quadratic", "Spanning", "Trailing")))
+grid = st.one_of(
+    *(part(name) for name in ("Uniform", "Quadratic", "Spanning", "Trailing")),
+    part("LogSNR", lambda_min=real | st.just(-5.1)),
+    part("Karras", sigma_min=real, sigma_max=real, rho=real),
+)
 fixed = st.one_of(part("FixedLarge"), part("FixedSmall"))
 schedule = st.one_of(
     part("Linear", beta_start=real, beta_end=real),
@@ -50,6 +54,8 @@ schedule = st.one_of(
 weighting = st.one_of(part("Simple"), part("Velocity"), part("MinSNR", gamma=real), part("Variational", variance=fixed))
 sampler = st.one_of(
     part("DDIM", steps=steps | st.none(), eta=real, grid=grid, clip=st.booleans()),
+    part("DPMSolver", steps=steps, order=st.sampled_from([0, 1, 2, 3, 4]), grid=grid, clip=st.booleans()),
+    part("Heun", steps=steps, grid=grid, clip=st.booleans()),
     part("Ancestral", steps=steps, variance=fixed | part("LearnedRange"), grid=grid, clip=st.booleans()),
 )
 optimizer = st.one_of(
@@ -100,6 +106,10 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "frechet.batch_size": st.sampled_from([-1, 0, 1, 2]),
     "frechet.seed": st.sampled_from([-1, 0, 5]),
     "frechet.sampler": st.none() | sampler,
+    "evaluation.every_n_steps": st.sampled_from([-1, 0, 1, 2, None]),
+    "evaluation.num_images": st.sampled_from([-1, 0, 1, 4]),
+    "evaluation.batch_size": st.sampled_from([-1, 0, 1, 2]),
+    "evaluation.sampler": st.none() | sampler,
     "sample_grid.every_n_steps": st.sampled_from([-1, 0, 1, 2, None]),
     "sample_grid.num_images": st.sampled_from([-1, 0, 1, 2]),
     "sample_grid.batch_size": st.sampled_from([-1, 0, 1, 2]),

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion_lit.callbacks import Checkpoints, Evaluation
 from diffusion_lit.diffusion import DDIM
+from diffusion_lit.metrics import Pixels
 from diffusion_lit.types import Condition
 from tests import tiny
 
@@ -67,7 +69,7 @@ def test_progress_is_told_as_of_the_whole() -> None:
     assert seen == [(i, 6) for i in range(1, 7)]
 
 
-def test_predictions_and_scores_survive_it(tmp_path: Path) -> None:
+def test_predictions_survive_it(tmp_path: Path) -> None:
     def images(limit: int, place: Path) -> Any:
         trainer = tiny.trainer(place, callbacks=[], logger=False)
         trainer.predict(tiny.module(network=Small(limit)), num_images=9, batch_size=8, seed=1, out=str(place))
@@ -77,3 +79,26 @@ def test_predictions_and_scores_survive_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="going on with [42] images at once"):
         small = images(2, tmp_path / "small")
     assert abs(small - expected).max() <= 1
+
+
+class Hungry(Pixels):
+    """Features of two images at once, no more."""
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError
+        return super().outputs(images)
+
+
+def test_scores_survive_it_too(tmp_path: Path) -> None:
+    def score(extractor: Pixels, place: Path) -> dict[str, float]:
+        evaluation = Evaluation(extractor=extractor, num_images=5, batch_size=5, cache_dir=str(place))
+        trainer = tiny.trainer(place, 1, callbacks=[evaluation, Checkpoints()], logger=False)
+        trainer.fit(tiny.module(), tiny.data())
+        trainer.test(tiny.module(), tiny.data(), ckpt_path=str(tiny.last(place)))
+        return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("frechet")}
+
+    expected = score(Pixels(2), tmp_path / "large")
+    assert expected
+    with pytest.warns(UserWarning, match="out of memory in pixels"):
+        assert score(Hungry(2), tmp_path / "small") == pytest.approx(expected, rel=1e-9)

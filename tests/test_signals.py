@@ -104,3 +104,18 @@ def test_handlers_are_as_before_once_training_has_ended(tmp_path: Path) -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     tiny.trainer(tmp_path, 1).fit(tiny.module(), tiny.data())
     assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_what_does_not_train_ends_at_once(tmp_path: Path, command: str) -> None:
+    first = forked.fork(lambda: cli.main(fit_args(tmp_path, *QUIET, *quick(1), max_steps=1)), tmp_path / "first.txt")
+    assert forked.wait(first) == 0
+    many = ["--evaluation.num_images", "100000"] if command == "test" else ["--num_images", "100000"]
+    args = [command, "--ckpt_path", str(tiny.last(tmp_path)), *many, *QUIET, *CPU]
+    child = forked.fork(lambda: cli.main(args), tmp_path / "second.txt")
+    wait_for(tmp_path / ("evaluation" if command == "test" else "predictions/last_seed_0/000000.png"))
+    os.kill(child, signal.SIGTERM)
+    assert forked.wait(child, 30) == 75
+    said = (tmp_path / "second.txt").read_text()
+    assert said.rstrip().endswith("diffusion_lit: SIGTERM: stopped; the same command goes on, or does it again")
+    assert "Traceback" not in said

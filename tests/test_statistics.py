@@ -1,5 +1,6 @@
 """The `reference` tool: statistics of a recipe's images, which scores here and other programs read."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from diffusion_lit import cli
+from diffusion_lit import cli, statistics
 from diffusion_lit.metrics import Pixels, Reference
 
 PIXELS = ["--extractor", "Pixels", "--extractor.size", "2"]
@@ -74,3 +75,22 @@ def test_an_evaluation_takes_the_file(tmp_path: Path) -> None:
     reference = Reference.load(out, Pixels(2))
     assert reference.name == "Digits train"
     assert reference.mu.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["-c", "broken.yaml"], "broken.yaml is not YAML"),
+        (["-c", "text.yaml"], "text.yaml is no configuration; give a recipe"),
+        (["-c", "text.yaml", "--batch_size", "0"], "--batch_size=0 must be at least 1"),
+        (["-c", "text.yaml", "--device", "cuda:7"], "--device cuda:7, but there are"),
+    ],
+)
+def test_plain_mistakes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("a: [")
+    Path("text.yaml").write_text("just words")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        statistics.main([*args, "--out", "statistics.npz"])

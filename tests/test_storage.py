@@ -11,11 +11,12 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, Plots, SampleGrid, Scalars
+from diffusion_lit.callbacks import EMA, Checkpoints, Evaluation, Frechet, Plots, SampleGrid, Scalars
 from diffusion_lit.callbacks.checkpoints import read_checkpoint
 from diffusion_lit.diffusion import DDIM
 from diffusion_lit.loggers import CSV, read_rows
 from diffusion_lit.metrics import Pixels
+from diffusion_lit.records import append_record, read_records
 from tests import forked, tiny
 from tests.tiny import identical, last, load
 
@@ -36,7 +37,11 @@ class Between(L.Callback):
 def fit(place: Path, calls: dict[int, Any], steps: int = 9) -> None:
     grid = SampleGrid(every_n_steps=2, num_images=2, batch_size=2, sampler=DDIM(2))
     frechet = Frechet(Pixels(2), every_n_steps=3, num_images=3, batch_size=4, cache_dir=str(place / "cache"))
-    callbacks = [Between(calls), Plots(), EMA([0.9]), grid, frechet, Scalars(), Checkpoints(2, keep_every_n_steps=6)]
+    evaluation = Evaluation(
+        None, Pixels(2), num_images=3, batch_size=4, cache_dir=str(place / "cache"), sampler=DDIM(2), every_n_steps=3
+    )
+    scores: list[L.Callback] = [grid, frechet, evaluation]
+    callbacks = [Between(calls), Plots(), EMA([0.9]), *scores, Scalars(), Checkpoints(2, keep_every_n_steps=6)]
     logger = CSV(str(place), flush_logs_every_n_steps=1)
     tiny.trainer(place, steps, callbacks, logger=logger).fit(tiny.module(), tiny.data(), ckpt_path="last")
 
@@ -70,14 +75,16 @@ def test_on_a_full_disk_nothing_is_damaged_and_what_was_not_saved_is_said(tmp_pa
     assert same == list(names)
     assert parts == []
     said = json.loads((tmp_path / "warnings.json").read_text())
-    for name in ("last.ckpt", "step_00000006.ckpt", "step_00000006.png", "metrics.csv"):
+    for name in ("last.ckpt", "step_00000006.ckpt", "step_00000006.png", "metrics.csv", "evaluation"):
         assert any(name in line and "could not be written (File too large)" in line for line in said), name
     fit(tmp_path / "whole", {})
     a, b = load(last(tmp_path / "whole")), load(last(place))
     assert [name for name in STATE if not identical(a[name], b[name])] == []
-    # Rows are kept until they can be written.
+    # Rows are kept until they can be written; the evaluation's own at step 6 there is none of.
     steps = [row["step"] for row in read_rows(place / "csv" / "version_0" / "metrics.csv")]
-    assert steps == [row["step"] for row in read_rows(tmp_path / "whole" / "csv" / "version_0" / "metrics.csv")]
+    whole = [row["step"] for row in read_rows(tmp_path / "whole" / "csv" / "version_0" / "metrics.csv")]
+    whole.remove("6")
+    assert sorted(steps, key=int) == sorted(whole, key=int)
 
 
 def test_where_the_run_s_directory_is_gone_training_goes_on_and_writes_again_when_it_can(tmp_path: Path) -> None:
@@ -91,7 +98,7 @@ def test_where_the_run_s_directory_is_gone_training_goes_on_and_writes_again_whe
         warnings.simplefilter("always")
         fit(place, {5: gone, 8: place.unlink})
     said = [str(warning.message) for warning in caught]
-    for name in ("last.ckpt", "step_00000006.png", "metrics.csv"):
+    for name in ("last.ckpt", "step_00000006.png", "metrics.csv", "evaluation"):
         assert any(name in line and "training goes on" in line for line in said), name
     fit(tmp_path / "whole", {})
     a, b = load(last(tmp_path / "whole")), load(last(place))
@@ -110,3 +117,23 @@ def test_where_the_end_of_training_cannot_be_kept_the_run_fails(tmp_path: Path) 
         warnings.simplefilter("ignore")
         with pytest.raises(OSError, match=r"last\.ckpt could not be written .*: training has ended, and nothing after"):
             fit(place, {3: gone}, steps=4)
+
+
+def test_a_result_that_does_not_fit_the_disk_is_an_error_and_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+
+    def run() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        append_record(path, {"number": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            append_record(path, {"number": 2, "long": "x" * 100})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        append_record(path, {"number": 3})
+
+    assert forked.wait(forked.fork(run, tmp_path / "output.txt")) == 0, (tmp_path / "output.txt").read_text()
+    assert read_records(path) == [{"number": 1}, {"number": 3}]
+    with path.open("a") as file:
+        file.write('{"number": 4')
+    append_record(path, {"number": 5})
+    assert read_records(path) == [{"number": 1}, {"number": 3}, {"number": 5}]

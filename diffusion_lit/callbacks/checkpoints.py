@@ -383,9 +383,10 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes last.ckpt, but not over a good one where a run fails before it has started; waits for no process,
-        because the others may never come.
+        because the others may never come. A step that was broken off half-way is not kept.
         """
-        if self._training and self._saved_at != trainer.global_step:
+        whole = not getattr(pl_module, "in_optimizer_step", False)
+        if self._training and whole and self._saved_at != trainer.global_step:
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             try:
                 trainer.strategy.save_checkpoint(checkpoint, last_checkpoint(trainer.default_root_dir))
@@ -410,5 +411,5 @@ class Checkpoints(Checkpoint):
         if problem is not None:
             rank_zero_warn(f"{problem}; training goes on")
         elif self.keep_at_most is not None and trainer.is_global_zero:
-            for old in sorted(path.parent.glob("step_*.ckpt"))[: -self.keep_at_most]:
+            for old in sorted(path.parent.glob("step_" + 8 * "[0-9]" + ".ckpt"))[: -self.keep_at_most]:
                 old.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,12 +21,13 @@ from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.callbacks.real_images import RealImages
 from diffusion_lit.callbacks.sample_grid import check_sampler
 from diffusion_lit.callbacks.scalars import images_seen
+from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.diffusion import Sampler
 from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
-from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor
+from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor, outputs_in_memory
 from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.metrics.reference import Reference
 from diffusion_lit.metrics.scores import FrechetDistance, Score
@@ -118,6 +119,7 @@ class Evaluation(L.Callback):
             self.real[id(extractor)].prepare(trainer)
         for score in self.scores:
             if score.against == "features":
+                self.real[id(self.extractor_of(score))].require_folder()
                 available = len(self.real[id(self.extractor_of(score))].data(trainer).dataset("train"))
                 score.check(min(self.num_real, available))
 
@@ -126,8 +128,10 @@ class Evaluation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         if self.interval.due(trainer) and isinstance(pl_module, DiffusionModule):
-            scores = self.evaluate(trainer, pl_module)["scores"]
-            log_metrics(trainer, {**scores, IMAGES_SEEN: images_seen(trainer)})
+            # Of several processes, the others would wait at a barrier for one that gave up.
+            with if_possible("evaluation") if trainer.world_size == 1 else nullcontext():
+                scores = self.evaluate(trainer, pl_module)["scores"]
+                log_metrics(trainer, {**scores, IMAGES_SEEN: images_seen(trainer)})
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, DiffusionModule) and self.scores:
@@ -244,7 +248,7 @@ class Evaluation(L.Callback):
                 tensors = {
                     f"{extractor.name}.{name}": output
                     for extractor in self.used
-                    for name, output in extractor.outputs(images).items()
+                    for name, output in outputs_in_memory(extractor, images).items()
                 }
                 # Where memory did not suffice, the batch was made in parts.
                 parts = -(-size // (module.sampled_at_once or size))

@@ -20,7 +20,7 @@ from diffusion_lit.diffusion import Sampler
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
-from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor
+from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor, outputs_in_memory
 from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
 from diffusion_lit.module import DiffusionModule
 
@@ -63,6 +63,8 @@ class Frechet(L.Callback):
         self.extractor = as_extractor(extractor)
         self.real = RealImages(self.extractor, reference, cache_dir)
         self.interval = Interval(every_n_steps)
+        if num_images < 2:
+            raise ValueError(f"frechet.num_images={num_images} must be at least 2, which a covariance needs")
         self.requests = Requests(num_images, batch_size)
         self.sampler = sampler
         self.seed = seed
@@ -99,7 +101,7 @@ class Frechet(L.Callback):
         with module.averaged_weights(), sampling_bar(trainer, module, requests, self.name), torch.no_grad():
             for request, count in requests.of_rank(trainer.global_rank, trainer.world_size):
                 images = module.sample(request["index"].tolist(), self.seed, self.sampler)
-                moments.update(self.extractor(to_uint8(images[:count])))
+                moments.update(outputs_in_memory(self.extractor, to_uint8(images[:count]))["features"])
         moments = moments.reduce(partial(reduce_sum, trainer))
         if moments.count != requests.num_images:
             raise ValueError(f"{self.name}: counted {moments.count} images instead of {requests.num_images}")

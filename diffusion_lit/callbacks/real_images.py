@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.collective import on_first, reduce_sum
 from diffusion_lit.data.base import ImageData
-from diffusion_lit.metrics.features import FeatureExtractor
+from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.metrics.reference import (
     Reference,
@@ -90,6 +90,19 @@ class RealImages:
         self._gaussian = cached_reference(path, compute, self.extractor, device, sums, write=trainer.local_rank == 0)
         return self._gaussian
 
+    def _folder(self) -> Path:
+        return (default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()) / "features"
+
+    def require_folder(self) -> None:
+        """Raises ValueError if features cannot be kept."""
+        try:
+            self._folder().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{self._folder()} cannot hold features of real images ({error.strerror}); choose another folder by "
+                "--frechet.cache_dir or $DIFFUSION_LIT_CACHE"
+            ) from error
+
     def features(self, trainer: L.Trainer, device: torch.device, count: int) -> Tensor:
         """Features of `count` images, (M, D), float32, on the CPU; collective.
 
@@ -104,8 +117,7 @@ class RealImages:
             "extractor": self.extractor.fingerprint(),
             "count": count,
         }
-        folder = default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser()
-        kept = PartialResults(folder / "features" / key_of(key), key)
+        kept = PartialResults(self._folder() / key_of(key), key)
         if trainer.local_rank == 0:
             kept.open()
         trainer.strategy.barrier("real_features")
@@ -113,7 +125,8 @@ class RealImages:
         batches = chosen_batches(len(images), count)
         for number in range(trainer.global_rank, len(batches), trainer.world_size):
             if not kept.done(number):
-                kept.save(number, {"features": self.extractor(data.some(batches[number])["image"].to(device))})
+                chosen = data.some(batches[number])["image"].to(device)
+                kept.save(number, {"features": outputs_in_memory(self.extractor, chosen)["features"]})
         trainer.strategy.barrier("real_features_done")
         return kept.columns(len(batches), None)["features"]
 

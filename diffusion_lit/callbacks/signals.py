@@ -1,4 +1,4 @@
-"""What SIGTERM, SIGUSR1 and Ctrl-C do to a run that trains: it stops between two steps, with a checkpoint."""
+"""What SIGTERM, SIGUSR1 and Ctrl-C do: what trains stops between two steps, with a checkpoint, all else at once."""
 
 import os
 import signal
@@ -17,16 +17,18 @@ class Stopped(SystemExit):
 
     Args:
         reason: The signal.
-        step: The optimiser steps done.
+        step: The optimiser steps done; None where it did not train.
         code: Exit code of this process.
     """
 
-    def __init__(self, reason: signal.Signals, step: int, code: int) -> None:
+    def __init__(self, reason: signal.Signals, step: int | None, code: int) -> None:
         super().__init__(code)
         self.reason = reason
         self.step = step
 
     def __str__(self) -> str:
+        if self.step is None:
+            return f"{self.reason.name}: stopped; the same command goes on, or does it again"
         return f"{self.reason.name}: stopped after step {self.step:,}; --ckpt_path last goes on from there"
 
 
@@ -34,7 +36,8 @@ class StopSignals(_SignalConnector):
     """Takes note of a signal while a run trains; `Checkpoints` acts on it between two steps.
 
     Lightning's own handlers stop between two batches of a step, talk to other processes while these may be talking
-    about something else, and differ under SLURM. A second Ctrl-C stops at once.
+    about something else, and differ under SLURM. A second Ctrl-C stops at once. What does not train has nothing to
+    save, for evaluations keep their parts as they go: it stops at once too.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -42,14 +45,18 @@ class StopSignals(_SignalConnector):
         self.noted: signal.Signals | None = None
 
     def register_signal_handlers(self) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            super().register_signal_handlers()
-            return
         self.received_sigterm = False
         self.noted = None
         self._original_handlers = self._get_current_signal_handlers()
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            for signum in (signal.SIGTERM, signal.SIGUSR1):
+                self._register_signal(signum, self._stop)
+            return
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._register_signal(signum, self._note)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(signum), None, TO_BE_CONTINUED)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.noted is not None:

@@ -12,13 +12,13 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from numpy.lib import format as npy
 from tqdm import tqdm
 
 from diffusion_lit.data.base import CorruptImage, ImageData, InMemoryImages, Split
 from diffusion_lit.data.prepared import FORMAT, list_arrays
+from diffusion_lit.records import read_recipe
 
 BATCH_SIZE = 64
 
@@ -117,7 +117,7 @@ def parts_of(
         further(parser)
     args = []
     for recipe in recipes:
-        said = yaml.safe_load(Path(recipe).read_text()) or {}
+        said = read_recipe(recipe)
         if "data" in said:
             args += ["--config", json.dumps({"data": said["data"]})]
     if not args and not options:

@@ -92,10 +92,15 @@ class LogSNR(Grid):
         lambda_min: Where to begin at the least, for schedules that end in nearly pure noise: there, lambda falls far in
             few times. The authors begin where the cosine schedule has -4.8; diffusers recommends -5.1.
 
+    Raises:
+        ValueError: If it is 0 or more, where more of the image is left than there is noise.
+
     Source: Lu et al. 2022 (DPM-Solver), section 3.4 and appendix D.4.
     """
 
     def __init__(self, lambda_min: float = -5.1) -> None:
+        if not lambda_min < 0:
+            raise ValueError(f"grid: lambda_min={lambda_min} must lie below 0; -5.1 is usual")
         self.lambda_min = lambda_min
 
     def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
@@ -112,15 +117,15 @@ class Karras(Grid):
         rho: 1 spaces evenly; the larger, the denser near clean data.
 
     Raises:
-        ValueError: If not 0 < sigma_min < sigma_max, or rho is not positive.
+        ValueError: If not 0 < sigma_min < sigma_max, or rho lies outside [1, 100].
 
     Source: Karras et al. 2022 (EDM), eq. 5 and table 1.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
-        if not 0 < sigma_min < sigma_max or rho <= 0:
+        if not 0 < sigma_min < sigma_max or not 1 <= rho <= 100:
             raise ValueError(
-                f"grid: 0 < sigma_min={sigma_min} < sigma_max={sigma_max} and rho={rho} > 0 must hold; "
+                f"grid: 0 < sigma_min={sigma_min} < sigma_max={sigma_max} and 1 <= rho={rho} <= 100 must hold; "
                 "the paper has 0.002, 80 and 7"
             )
         self.sigma_min = sigma_min

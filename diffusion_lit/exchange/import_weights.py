@@ -24,6 +24,7 @@ from diffusion_lit.exchange import scheduler, unet2d
 from diffusion_lit.exchange.files import check_tensors, choose_state, is_state, read, read_json
 from diffusion_lit.module import AVERAGED, RAW, DiffusionModule
 from diffusion_lit.networks import UNet
+from diffusion_lit.records import read_recipe
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -51,13 +52,7 @@ def read_recipes(paths: Sequence[str]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for path in paths:
-        try:
-            recipe = yaml.safe_load(Path(path).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{path} is no configuration; give a recipe such as configs/cifar10.yaml")
-        merged = overlay(merged, recipe)
+        merged = overlay(merged, read_recipe(path))
     return {key: value for key, value in merged.items() if key in CARRIED}
 
 

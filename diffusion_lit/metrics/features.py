@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -223,6 +224,26 @@ class _Adapter(FeatureExtractor):
                 f"{(len(images), self.num_features)}"
             )
         return features.float()
+
+
+def outputs_in_memory(extractor: FeatureExtractor, images: Tensor) -> dict[str, Tensor]:
+    """What an extractor says of 8-bit images, (B, C, H, W), as `outputs`; out of memory, in halves, quarters and so on.
+
+    Raises:
+        torch.OutOfMemoryError: If memory does not suffice for a single image.
+    """
+    at_once = len(images)
+    while True:
+        # Not inside the except clause: there the failed attempt's tensors are still held by its traceback.
+        try:
+            parts = [extractor.outputs(part) for part in torch.split(images, max(at_once, 1))]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        except torch.OutOfMemoryError:
+            if at_once <= 1:
+                raise
+        at_once = -(-at_once // 2)
+        warnings.warn(f"out of memory in {extractor.name}: going on with {at_once} images at once", stacklevel=2)
+        torch.cuda.empty_cache()
 
 
 def as_extractor(module: nn.Module) -> FeatureExtractor:

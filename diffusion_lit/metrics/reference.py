@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lit.metrics.features import FeatureExtractor
+from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, check_gaussian, one_process
 
@@ -185,7 +185,7 @@ def compute_reference(
     extractor.to(device).eval()
     moments = FeatureMoments(extractor.num_features, device)
     for images in batches:
-        moments.update(extractor(images.to(device)))
+        moments.update(outputs_in_memory(extractor, images.to(device))["features"])
     moments = moments.reduce(reduce_sum)
     if expected_count is not None and moments.count != expected_count:
         raise WrongImageCount(

@@ -160,7 +160,7 @@ class UNet(nn.Module):
         Returns:
             (B, out_channels, image_size, image_size).
         """
-        embedding = sinusoidal_embedding(time, self.width)
+        embedding = sinusoidal_embedding(time, self.width).to(self.conv_in.weight.dtype)
         first, second = cast(nn.ModuleList, self.temb.dense)
         embedding = second(F.silu(first(embedding)))
 

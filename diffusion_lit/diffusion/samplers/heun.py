@@ -30,8 +30,14 @@ class Heun(Sampler):
         """The grid's times, (N + 1,).
 
         Raises:
-            ValueError: If N exceeds the process's steps.
+            ValueError: If N exceeds what the process's T steps allow, 2 T - 1.
         """
+        most = 2 * process.num_steps - 1
+        if self.steps is not None and self.steps > most:
+            raise ValueError(
+                f"sampler.steps={self.steps} exceeds the {most} evaluations that {process.num_steps} times allow; "
+                f"set --model.sampler.init_args.steps to at most {most}"
+            )
         return self.grid(process.num_steps if self.steps is None else (self.steps + 1) // 2, process)
 
     def step(
