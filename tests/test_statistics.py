@@ -83,7 +83,7 @@ def test_an_evaluation_takes_the_file(tmp_path: Path) -> None:
         (["-c", "broken.yaml"], "broken.yaml is not YAML"),
         (["-c", "text.yaml"], "text.yaml is no configuration; give a recipe"),
         (["-c", "text.yaml", "--batch_size", "0"], "--batch_size=0 must be at least 1"),
-        (["-c", "text.yaml", "--device", "cuda:7"], "--device cuda:7, but there are"),
+        (["-c", "text.yaml", "--device", "cuda:7"], "--device cuda:7: this machine has"),
     ],
 )
 def test_plain_mistakes_are_one_line(
