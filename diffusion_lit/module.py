@@ -1,9 +1,7 @@
 """The LightningModule: wires process, network, parameterization, objective and sampler, and nothing else."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, TypedDict, cast
 
 import lightning.pytorch as L
@@ -31,6 +29,7 @@ from diffusion_lit.diffusion.guidance import num_classes_of
 from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Request, check_labels
 from diffusion_lit.images import to_uint8
+from diffusion_lit.memory import as_of_whole, in_memory
 from diffusion_lit.optimization import named, optimization
 from diffusion_lit.types import Batch, Condition, DenoiseFn, StepFn
 
@@ -50,11 +49,6 @@ class Generated(TypedDict):
 def condition_of(batch: Batch | Request) -> Condition:
     """What a network may be told of a batch: all of it but the images themselves."""
     return {k: cast(Tensor, v) for k, v in batch.items() if k not in ("image", "index")}
-
-
-def _of_part(on_step: StepFn, part: int, parts: int, done: int, total: int) -> None:
-    """Tells of a step of one of several parts as of a step of the whole."""
-    on_step(part * total + done, parts * total)
 
 
 def seed_step(seed: int, stream: int, rank: int, batch: int) -> None:
@@ -147,7 +141,7 @@ class DiffusionModule(L.LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self.in_optimizer_step = False
+        self.step_begun: int | None = None
         self.seen_in_step: list[tuple[Tensor, Tensor]] = []
         self.on_sampling_step: StepFn | None = None
         self.sampled_at_once: int | None = None
@@ -237,14 +231,18 @@ class DiffusionModule(L.LightningModule):
         """
         limit = gradient_clip_val or float("inf")
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
+        self.step_begun = self.trainer.global_step
         if self.max_skipped_steps is None or bool(self.gradient_norm.isfinite()):
             self.skipped_in_a_row = 0
         else:
             optimizer.zero_grad(set_to_none=True)
             self.skipped_in_a_row += 1
             self.skipped_steps += 1
-        # From here on weights move; what is broken off before the averages have followed is no state to keep.
-        self.in_optimizer_step = True
+
+    @property
+    def in_optimizer_step(self) -> bool:
+        """Whether weights, averages and counters move, and are of no step; what is broken off here is not kept."""
+        return self.step_begun is not None and self.step_begun == self.trainer.global_step
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Averages right after the weights have moved, so that no callback's order matters.
@@ -258,15 +256,14 @@ class DiffusionModule(L.LightningModule):
         seen = list(self.seen_in_step)
         self.seen_in_step.clear()
         if self.skipped_in_a_row:
-            self.in_optimizer_step = False
             if self.skipped_in_a_row == self.max_skipped_steps:
+                self.step_begun = None
                 raise NonFiniteGradients(self._why_stopped([losses for _, losses in seen]))
             return
         t, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         self.objective.observe(t, losses, self._gather)
         if self.averages is not None:
             self.averages.update(self)
-        self.in_optimizer_step = False
 
     def _why_stopped(self, losses: list[Tensor]) -> str:
         """What a person needs to find the cause; collective.
@@ -440,28 +437,20 @@ class DiffusionModule(L.LightningModule):
         """
         given = self.default_condition(indices) if condition is None else condition
         on_step = on_step or self.on_sampling_step
-        at_once = min(len(indices), self.sampled_at_once or len(indices))
-        while True:
-            # Not inside the except clause: there the failed attempt's tensors are still held by its traceback.
-            try:
-                starts = range(0, len(indices), max(at_once, 1))
-                parts = [
-                    self._sample(
-                        indices[start : start + at_once],
-                        seed,
-                        sampler or self.sampler,
-                        {name: value[start : start + at_once] for name, value in given.items()},
-                        None if on_step is None else partial(_of_part, on_step, part, len(starts)),
-                    )
-                    for part, start in enumerate(starts)
-                ]
-                return torch.cat(parts) if parts else torch.empty(0, *self.image_shape, device=self.device)
-            except torch.OutOfMemoryError:
-                if at_once <= 1:
-                    raise
-            at_once = self.sampled_at_once = -(-at_once // 2)
-            warnings.warn(f"out of memory while sampling: going on with {at_once} images at once", stacklevel=2)
-            torch.cuda.empty_cache()
+
+        def work(some: slice, part: int, parts: int) -> Tensor:
+            of_part = {name: value[some] for name, value in given.items()}
+            return self._sample(
+                indices[some], seed, sampler or self.sampler, of_part, as_of_whole(on_step, part, parts)
+            )
+
+        if not indices:
+            return torch.empty(0, *self.image_shape, device=self.device)
+        at_once = self.sampled_at_once or len(indices)
+        images, suffices = in_memory(work, len(indices), at_once, "while sampling")
+        if suffices < at_once:
+            self.sampled_at_once = suffices
+        return torch.cat(images)
 
     def _sample(
         self, indices: Sequence[int], seed: int, sampler: Sampler, condition: Condition, on_step: StepFn | None

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion_lit.callbacks import Checkpoints, Evaluation
+from diffusion_lit.callbacks import Checkpoints, Evaluation, Likelihood
 from diffusion_lit.diffusion import DDIM
+from diffusion_lit.loggers import read_rows
 from diffusion_lit.metrics import Pixels
+from diffusion_lit.records import read_records
 from diffusion_lit.types import Condition
 from tests import tiny
 
@@ -102,3 +104,25 @@ def test_scores_survive_it_too(tmp_path: Path) -> None:
     assert expected
     with pytest.warns(UserWarning, match="out of memory in pixels"):
         assert score(Hungry(2), tmp_path / "small") == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_likelihood_survives_it_too(tmp_path: Path) -> None:
+    def bound(limit: int, place: Path) -> dict[str, float]:
+        network = Small(100, labels=True)
+        model = tiny.module(network=network)
+        likelihood = Likelihood("test", num_images=7, batch_size=5)
+        trainer = tiny.trainer(place, 1, callbacks=[likelihood], logger=False, limit_test_batches=1)
+        network.limit = limit
+        trainer.test(model, tiny.data(eval_batch_size=2))
+        assert limit > 5 or max(network.sizes[-100:]) <= limit
+        [record] = read_records(place / "results.jsonl")
+        steps = [row["k"] for row in read_rows(place / "bits_per_dim_test.csv")]
+        assert record["num_images"] == 7
+        assert steps == [str(k) for k in range(1, 101)]
+        return {name: float(value) for name, value in record["scores"].items()}
+
+    expected = bound(100, tmp_path / "large")
+    with pytest.warns(UserWarning, match="out of memory in the likelihood: going on with [32] images at once") as said:
+        assert bound(2, tmp_path / "small") == pytest.approx(expected, rel=1e-5)
+    # What sufficed once is not tried again with more.
+    assert len([warning for warning in said if "out of memory" in str(warning.message)]) == 2

@@ -1,6 +1,7 @@
 """A disk that is full or a directory that is gone: training goes on, says what was not saved and damages nothing."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -85,6 +86,39 @@ def test_on_a_full_disk_nothing_is_damaged_and_what_was_not_saved_is_said(tmp_pa
     whole = [row["step"] for row in read_rows(tmp_path / "whole" / "csv" / "version_0" / "metrics.csv")]
     whole.remove("6")
     assert sorted(steps, key=int) == sorted(whole, key=int)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_training_goes_on(
+    tmp_path: Path, rank: int
+) -> None:
+    place = tmp_path / "run"
+
+    def limit(size: int) -> None:
+        if os.environ["RANK"] == str(rank):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def train() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        evaluation = Evaluation(
+            None, Pixels(2), num_images=6, batch_size=2, cache_dir=str(place / "cache"), every_n_steps=2
+        )
+        calls = Between({3: lambda: limit(64), 5: lambda: limit(resource.RLIM_INFINITY)})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = tiny.trainer(place, 6, [calls, evaluation, Checkpoints()], devices=2, strategy="ddp")
+            trainer.fit(tiny.module(), tiny.data())
+        if trainer.is_global_zero:
+            said = [str(warning.message) for warning in caught]
+            (tmp_path / "said.json").write_text(json.dumps([line for line in said if "evaluation" in line]))
+
+    code = forked.wait(forked.fork(lambda: forked.in_two(train), tmp_path / "output.txt"))
+    assert code == 0, (tmp_path / "output.txt").read_text()
+    [said] = json.loads((tmp_path / "said.json").read_text())
+    where = "File too large" if rank == 0 else "File too large, on another process"
+    assert said == f"evaluation could not be written ({where}); training goes on"
+    assert [record["step"] for record in read_records(place / "results.jsonl")] == [2, 6]
+    assert load(last(place))["global_step"] == 6
 
 
 def test_where_the_run_s_directory_is_gone_training_goes_on_and_writes_again_when_it_can(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ CARRIED = (
 )
 """The sections of a configuration that a checkpoint carries."""
 PREVIOUS = "previous"
+INTERRUPTED = "interrupted"
 PART = ".part"
 DAMAGED = ".damaged"
 _TAG = b"sha256="
@@ -384,15 +385,33 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes last.ckpt, but not over a good one where a run fails before it has started; waits for no process,
         because the others may never come. A step that was broken off half-way is not kept.
+
+        Where it is the business after a step that was broken off, such as a score, last.ckpt stays what it was, for a
+        run that went on from here would miss it; interrupted.ckpt is for those who would rather.
         """
         whole = not getattr(pl_module, "in_optimizer_step", False)
         if self._training and whole and self._saved_at != trainer.global_step:
+            path = last_checkpoint(trainer.default_root_dir)
+            if not self._between_steps(trainer, exception):
+                path = path.with_name(f"{INTERRUPTED}.ckpt")
+                rank_zero_warn(
+                    f"step {trainer.global_step:,} was broken off before all was done that belongs to it, such as "
+                    f"scores. `--ckpt_path last` goes on from before, and does it all; {path} from here, without"
+                )
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             try:
-                trainer.strategy.save_checkpoint(checkpoint, last_checkpoint(trainer.default_root_dir))
+                trainer.strategy.save_checkpoint(checkpoint, path)
             except OSError as error:
-                warnings.warn(f"last.ckpt could not be written: {error}", stacklevel=2)
+                warnings.warn(f"{path.name} could not be written: {error}", stacklevel=2)
         self._training = False
+
+    def _between_steps(self, trainer: L.Trainer, exception: BaseException) -> bool:
+        """Whether all that belongs to the last step is done."""
+        if trainer.global_step == self._step:
+            return True
+        # What reads the next batch may fail; a second Ctrl-C may come anywhere.
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        return isinstance(exception, Exception) and progress.completed == progress.ready and not trainer.validating
 
     def _save_last(self, trainer: L.Trainer) -> str | None:
         problem = save(trainer, last_checkpoint(trainer.default_root_dir))

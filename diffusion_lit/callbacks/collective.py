@@ -1,9 +1,13 @@
 """What all processes do together."""
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import lightning.pytorch as L
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -24,7 +28,8 @@ def on_first(trainer: L.Trainer, work: Callable[[], T], of_machine: bool = False
 
     Raises:
         Exception: On the process that did it, what `work` raised.
-        RuntimeError: On the others, with its message.
+        OSError: On the others, if it was one.
+        RuntimeError: On the others, with its message, if it was another.
     """
     result: T | None = None
     error: Exception | None = None
@@ -33,9 +38,33 @@ def on_first(trainer: L.Trainer, work: Callable[[], T], of_machine: bool = False
             result = work()
         except (RuntimeError, ValueError, OSError) as problem:
             error = problem
-    message, result = trainer.strategy.broadcast((None if error is None else str(error), result))
+    failed = isinstance(error, OSError)
+    message, failed, result = trainer.strategy.broadcast((None if error is None else str(error), failed, result))
     if error is not None:
         raise error
     if message is not None:
-        raise RuntimeError(message)
+        raise (OSError if failed else RuntimeError)(message)
     return result
+
+
+@contextmanager
+def together(trainer: L.Trainer) -> Iterator[None]:
+    """Waits at its end for all processes; where one of them cannot read or write, none goes on.
+
+    Args:
+        trainer: Whose processes.
+
+    Raises:
+        OSError: On every process if there was one on any.
+    """
+    error: OSError | None = None
+    try:
+        yield
+    except OSError as problem:
+        error = problem
+    number = 0 if error is None else error.errno or errno.EIO
+    worst = int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op="max"))
+    if error is not None:
+        raise error
+    if worst:
+        raise OSError(worst, f"{os.strerror(worst)}, on another process")

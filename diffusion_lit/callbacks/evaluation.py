@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from diffusion_lit.callbacks.collective import on_first
+from diffusion_lit.callbacks.collective import on_first, together
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.callbacks.real_images import RealImages
@@ -128,8 +128,7 @@ class Evaluation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         if self.interval.due(trainer) and isinstance(pl_module, DiffusionModule):
-            # Of several processes, the others would wait at a barrier for one that gave up.
-            with if_possible("evaluation") if trainer.world_size == 1 else nullcontext():
+            with if_possible("evaluation"):
                 scores = self.evaluate(trainer, pl_module)["scores"]
                 log_metrics(trainer, {**scores, IMAGES_SEEN: images_seen(trainer)})
 
@@ -233,7 +232,7 @@ class Evaluation(L.Callback):
     def _generate(self, trainer: L.Trainer, module: DiffusionModule, sampler: Sampler, partial: PartialResults) -> None:
         for extractor in self.used:
             extractor.to(module.device).eval()
-        with sampling_bar(trainer, module, self.requests, FOLDER):
+        with together(trainer), sampling_bar(trainer, module, self.requests, FOLDER):
             for number in self.requests.share(trainer.global_rank, trainer.world_size):
                 request = self.requests[number]
                 size = len(request["index"])
@@ -255,7 +254,6 @@ class Evaluation(L.Callback):
                 tensors["evaluations"] = torch.full((size,), len(calls) // parts)
                 tensors["seconds"] = torch.full((size,), seconds / size, dtype=torch.float64)
                 partial.save(number, tensors)
-        trainer.strategy.barrier("evaluation")
 
     def _real(
         self, trainer: L.Trainer, device: torch.device, only_gaussians: bool = False

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from diffusion_lit.callbacks.collective import on_first
+from diffusion_lit.callbacks.collective import on_first, together
 from diffusion_lit.callbacks.evaluation import FOLDER, announce, circumstances, elapsed
 from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.data.base import ImageData, Split
@@ -20,6 +20,7 @@ from diffusion_lit.diffusion import FixedLarge, ImageNoise, ReverseVariance
 from diffusion_lit.diffusion.likelihood import Bound, bits_per_dim
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import from_uint8
+from diffusion_lit.memory import as_of_whole, in_memory
 from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.records import RESULTS, append_record, describe, digest, key_of
@@ -68,6 +69,7 @@ class Likelihood(L.Callback):
         self.variance = variance
         self.clip = clip
         self.seed = seed
+        self._at_once = batch_size
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Raises ValueError if there are no such images or the process has not that many terms."""
@@ -117,12 +119,11 @@ class Likelihood(L.Callback):
             }
             partial = PartialResults(Path(trainer.default_root_dir) / FOLDER / key_of(key), key)
             on_first(trainer, lambda: announce(partial, requests))
-            with sampling_bar(trainer, module, requests, "bits/dim"):
+            with together(trainer), sampling_bar(trainer, module, requests, "bits/dim"):
                 for number in requests.share(trainer.global_rank, trainer.world_size):
                     if not partial.done(number):
                         asked = range(number * requests.batch_size, min((number + 1) * requests.batch_size, count))
                         partial.save(number, self._bound(module, data, split, list(asked), variance))
-            trainer.strategy.barrier("likelihood")
             name = module.weights_name
 
         def finish() -> dict[str, Any]:
@@ -171,26 +172,28 @@ class Likelihood(L.Callback):
         start = time.perf_counter()
         batch = data.some(indices, split)
         x0 = from_uint8(batch["image"].to(module.device))
-        noise = ImageNoise(self.seed, indices[: len(x0)], module.image_shape, module.device)
         condition = {"label": batch["label"]} if "label" in batch and module.num_classes is not None else {}
-        with module.evaluating():
+
+        def work(some: slice, part: int, parts: int) -> dict[str, Tensor]:
             bound = bits_per_dim(
-                module.bind(condition),
-                x0,
+                module.bind({name: value[some] for name, value in condition.items()}),
+                x0[some],
                 module.process,
                 variance,
-                noise.draw,
+                ImageNoise(self.seed, indices[: len(x0)][some], module.image_shape, module.device).draw,
                 self.num_terms,
                 self.clip,
-                module.on_sampling_step,
+                as_of_whole(module.on_sampling_step, part, parts),
             )
-        seconds = torch.full((len(x0),), elapsed(start, module.device) / max(len(x0), 1), dtype=torch.float64)
+            values = {"total": bound.total, "prior": bound.prior, "decoder": bound.decoder}
+            return {**values, **sums_by_entry(bound, module.process.num_steps)}
+
+        with module.evaluating():
+            parts, self._at_once = in_memory(work, len(x0), self._at_once, "in the likelihood")
+        seconds = elapsed(start, module.device) / max(len(x0), 1)
         return {
-            "total": bound.total,
-            "prior": bound.prior,
-            "decoder": bound.decoder,
-            "seconds": seconds,
-            **sums_by_entry(bound, module.process.num_steps),
+            "seconds": torch.full((len(x0),), seconds, dtype=torch.float64),
+            **{name: torch.cat([part[name] for part in parts]) for name in parts[0]},
         }
 
 

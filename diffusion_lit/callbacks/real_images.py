@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from diffusion_lit.callbacks.collective import on_first, reduce_sum
+from diffusion_lit.callbacks.collective import on_first, reduce_sum, together
 from diffusion_lit.data.base import ImageData
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.partial import PartialResults
@@ -118,16 +118,16 @@ class RealImages:
             "count": count,
         }
         kept = PartialResults(self._folder() / key_of(key), key)
-        if trainer.local_rank == 0:
-            kept.open()
-        trainer.strategy.barrier("real_features")
+        with together(trainer):
+            if trainer.local_rank == 0:
+                kept.open()
         self.extractor.to(device).eval()
         batches = chosen_batches(len(images), count)
-        for number in range(trainer.global_rank, len(batches), trainer.world_size):
-            if not kept.done(number):
-                chosen = data.some(batches[number])["image"].to(device)
-                kept.save(number, {"features": outputs_in_memory(self.extractor, chosen)["features"]})
-        trainer.strategy.barrier("real_features_done")
+        with together(trainer):
+            for number in range(trainer.global_rank, len(batches), trainer.world_size):
+                if not kept.done(number):
+                    chosen = data.some(batches[number])["image"].to(device)
+                    kept.save(number, {"features": outputs_in_memory(self.extractor, chosen)["features"]})
         return kept.columns(len(batches), None)["features"]
 
 

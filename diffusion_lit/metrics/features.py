@@ -9,7 +9,6 @@ import hashlib
 import io
 import logging
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from diffusion_lit.memory import in_memory
 from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.records import digest
 
@@ -232,18 +232,10 @@ def outputs_in_memory(extractor: FeatureExtractor, images: Tensor) -> dict[str, 
     Raises:
         torch.OutOfMemoryError: If memory does not suffice for a single image.
     """
-    at_once = len(images)
-    while True:
-        # Not inside the except clause: there the failed attempt's tensors are still held by its traceback.
-        try:
-            parts = [extractor.outputs(part) for part in torch.split(images, max(at_once, 1))]
-            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        except torch.OutOfMemoryError:
-            if at_once <= 1:
-                raise
-        at_once = -(-at_once // 2)
-        warnings.warn(f"out of memory in {extractor.name}: going on with {at_once} images at once", stacklevel=2)
-        torch.cuda.empty_cache()
+    parts, _ = in_memory(
+        lambda some, *_: extractor.outputs(images[some]), len(images), len(images), f"in {extractor.name}"
+    )
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def as_extractor(module: nn.Module) -> FeatureExtractor:
