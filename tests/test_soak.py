@@ -15,10 +15,10 @@ from tests.test_cli import CONFIGS, CPU
 
 SECONDS = float(os.environ.get("DIFFUSION_LIT_SOAK", "3600"))
 OFTEN = [
-    *("--trainer.max_steps", "-1", "--sample_grid.every_n_steps", "50", "--sample_grid.sampler.init_args.steps", "10"),
-    *("--frechet.every_n_steps", "50", "--frechet.num_images", "64", "--frechet.sampler.init_args.steps", "10"),
-    *("--checkpoints.every_n_steps", "50", "--checkpoints.keep_every_n_steps", "500"),
-    *("--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "50", "--checkpoints.keep_at_most", "3"),
+    *("--trainer.max_steps", "-1", "--sample_grid.every_n_steps", "10", "--sample_grid.sampler.init_args.steps", "10"),
+    *("--frechet.every_n_steps", "10", "--frechet.num_images", "64", "--frechet.sampler.init_args.steps", "10"),
+    *("--checkpoints.every_n_steps", "10", "--checkpoints.keep_every_n_steps", "500"),
+    *("--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "10", "--checkpoints.keep_at_most", "3"),
 ]
 
 
