@@ -30,6 +30,8 @@ from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import UNet
 from diffusion_lit.trainer import Trainer
 
+UNTIMED = 2
+"""First steps under a Trainer that are not timed."""
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
@@ -172,7 +174,7 @@ class Clock(lightning.pytorch.Callback):
 
     Args:
         device: What is waited for.
-        every: Whether every step is, or the first and the last alone, so that between them nothing waits.
+        every: Whether every step is, or the last untimed one and the last alone, so that between them nothing waits.
     """
 
     def __init__(self, device: torch.device, every: bool) -> None:
@@ -181,7 +183,7 @@ class Clock(lightning.pytorch.Callback):
         self.ends: list[float] = []
 
     def on_train_batch_end(self, trainer: lightning.pytorch.Trainer, *_: Any) -> None:
-        if self.every or trainer.global_step in (1, trainer.max_steps):
+        if self.every or trainer.global_step in (UNTIMED, trainer.max_steps):
             self.ends.append(now(self.device))
 
 
@@ -213,11 +215,14 @@ def fit(
 
 
 def trainer_step(setting: Setting, batch_size: int, execution: Execution) -> float:
-    """Seconds per step under our Trainer, from the end of the first to the end of the last, data and loop included."""
+    """Seconds per step under our Trainer, to the end of the last, data and loop included.
+
+    The model is made anew in each round, and first steps pay for fresh memory and for Adam's state: two are left out.
+    """
     optimizer = partial(torch.optim.Adam, lr=2e-4, fused=execution != Execution() or None)
-    steps = 50 if setting.on_gpu else 2
+    steps = 50 if setting.on_gpu else 3
     model = setting.model(optimizer=optimizer, max_skipped_steps=None if setting.on_gpu else 10)
-    ends = fit(setting, model, batch_size, 1 + steps, execution)
+    ends = fit(setting, model, batch_size, UNTIMED + steps, execution)
     return (ends[-1] - ends[0]) / steps
 
 
@@ -280,10 +285,13 @@ def overhead(setting: Setting) -> Iterator[Result]:
     """
     batch_size = setting.batch_sizes[0]
     model = TimedModule(setting.ours(), setting.device)
-    ends = fit(setting, model, batch_size, 2 + setting.few)
+    ends = fit(setting, model, batch_size, UNTIMED + setting.few)
+    timed = slice(UNTIMED - 1, None)
     times = [
         {"step": end - start, "its parts": whole - before, "the rest": end - start - (whole - before)}
-        for start, end, before, whole in zip(ends[1:], ends[2:], model.steps[1:], model.steps[2:], strict=False)
+        for start, end, before, whole in zip(
+            ends[timed], ends[UNTIMED:], model.steps[timed], model.steps[UNTIMED:], strict=False
+        )
     ]
     yield row(f"Lightning's share, batch {batch_size}", times, [("the rest", "step")], parts=model.spent)
 

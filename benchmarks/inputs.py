@@ -15,15 +15,20 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.alternate import alternate
+from benchmarks.alternate import Work, alternate
 from benchmarks.compute import Pixels
 from benchmarks.setting import Result, Setting, quiet, row
 from diffusion_lit.data import LSUN, ImageData, Prepared
 from diffusion_lit.data.prepare import prepare
 
+WORKERS = 2
+
 
 def inputs(setting: Setting) -> Iterator[Result]:
-    """Images per second of one process that reads, crops and stacks."""
+    """Images per second of one process that reads, crops and stacks; and of one that leaves it to two workers.
+
+    Workers' images are a training run's, by the clock, which other work on the machine slows down.
+    """
     host = torch.device("cpu")
     data = Pixels(batch_size=128)
     with quiet():
@@ -34,6 +39,8 @@ def inputs(setting: Setting) -> Iterator[Result]:
         with quiet():
             prepare(lsun, Path(folder) / "tower.images")
         prepared = Prepared(f"{folder}/tower.images", 256)
+        with quiet():
+            by_workers = iter(LSUN(folder, "tower", 256, batch_size=16, num_workers=WORKERS).train_dataloader())
 
         def memory() -> None:
             for _ in range(40):
@@ -46,11 +53,21 @@ def inputs(setting: Setting) -> Iterator[Result]:
 
             return read
 
-        kinds = {"CIFAR-10 in memory": memory, "LSUN 256": all_of(lsun), "LSUN 256, prepared": all_of(prepared)}
+        def workers() -> float:
+            begun = time.perf_counter()
+            for _ in range(16):
+                next(by_workers)
+            return time.perf_counter() - begun
+
+        kinds: dict[str, Work] = {
+            "CIFAR-10 in memory": memory,
+            "LSUN 256": all_of(lsun),
+            "LSUN 256, prepared": all_of(prepared),
+            f"LSUN 256, {WORKERS} workers": workers,
+        }
         with quiet():
             times = alternate(kinds, setting.rounds, host)
-    counts = {"CIFAR-10 in memory": 40 * 128, "LSUN 256": 64, "LSUN 256, prepared": 64}
-    for name, count in counts.items():
+    for name, count in zip(kinds, (40 * 128, 64, 64, 16 * 16), strict=True):
         yield row(f"input: {name}", [{name: t[name]} for t in times], images=count)
 
 

@@ -5,13 +5,14 @@
 Loss curves: at every logged step, bf16 against the range of float32's seeds. Seed by seed, both see the same images,
 times and noise, so that their difference is the precision's alone. Then the Fréchet distance of samples that one
 float32 model makes in float32 and in bf16, by several seeds of noise, whose spread is the distance's own noise.
+--read compares the losses of an earlier run.
 """
 
 import argparse
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,16 +74,49 @@ def distances(run: Path, seeds: Sequence[int], num_images: int, steps: int) -> d
 def compare(curves: dict[str, list[Curve]]) -> dict[str, Any]:
     """How bf16's curves lie to float32's.
 
+    A curve of one more float32 seed would often leave the range of so few others: with S of them, at 2 / (S + 1) of the
+    points. So bf16's are judged by what float32's own come to.
+
     Returns:
-        "inside": of all points of bf16's curves, which part lies in float32's range at its step; "same_seed": of one
-        loss / the other with the same seed, the spread; "seeds": of float32's losses / their mean at each step.
+        "mean_inside": at which part of the points bf16's mean over seeds lies in the range of float32's losses;
+        "inside_others", by precision: at which part of them a seed's loss lies in the range of float32's losses by the
+        other seeds; "same_seed": of one loss / the other with the same seed, the spread; "of_range": of their
+        difference / the range of float32's losses at its step; "seeds": of float32's losses / their mean at each step.
     """
     exact, rounded = curves["float32"], curves["bf16"]
     by_step = {step: [curve[step] for curve in exact] for step in exact[0]}
-    inside = [min(by_step[step]) <= loss <= max(by_step[step]) for curve in rounded for step, loss in curve.items()]
-    same_seed = [b[step] / a[step] for a, b in zip(exact, rounded, strict=True) for step in a]
-    seeds = [loss * len(losses) / sum(losses) for losses in by_step.values() for loss in losses]
-    return {"inside": sum(inside) / len(inside), "same_seed": spread(same_seed), "seeds": spread(seeds)}
+    points = [(seed, step) for seed in range(len(exact)) for step in by_step]
+    means = {step: sum(curve[step] for curve in rounded) / len(rounded) for step in by_step}
+    others = {(seed, step): [curve[step] for curve in exact if curve is not exact[seed]] for seed, step in points}
+    ranges = {step: max(losses) - min(losses) for step, losses in by_step.items()}
+    return {
+        "mean_inside": share(min(by_step[step]) <= mean <= max(by_step[step]) for step, mean in means.items()),
+        "inside_others": {
+            name: share(
+                min(others[point]) <= curves[name][point[0]][point[1]] <= max(others[point]) for point in points
+            )
+            for name in PRECISIONS
+        },
+        "same_seed": spread([rounded[seed][step] / exact[seed][step] for seed, step in points]),
+        "of_range": spread([abs(rounded[seed][step] - exact[seed][step]) / ranges[step] for seed, step in points]),
+        "seeds": spread([loss * len(losses) / sum(losses) for losses in by_step.values() for loss in losses]),
+    }
+
+
+def share(found: Iterable[bool]) -> float:
+    """Which part of them is true."""
+    known = list(found)
+    return sum(known) / len(known)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, list[Curve]], dict[str, list[float]]]:
+    """The machine, the losses and the distances of an earlier run."""
+    found = json.loads(path.read_text())
+    curves = {
+        name: [{int(step): loss for step, loss in curve.items()} for curve in of_seeds]
+        for name, of_seeds in found["curves"].items()
+    }
+    return found["machine"], curves, found["frechet"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -94,7 +128,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_images", type=int, default=1797, help="for a Fréchet distance")
     parser.add_argument("--sampling_steps", type=int, default=25, help="of DDIM")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/precision.json"))
+    parser.add_argument("--read", type=Path, help="an earlier run's losses, instead of training")
     given, more = parser.parse_known_args(args)
+    if given.read is not None:
+        show(*read(given.read), given.out)
+        return
     curves: dict[str, list[Curve]] = {name: [] for name in PRECISIONS}
     with TemporaryDirectory() as folder:
         for seed in range(given.seeds):
@@ -102,22 +140,28 @@ def main(args: Sequence[str] | None = None) -> None:
                 run = Path(folder) / f"{name}_{seed}"
                 curves[name].append(train(run, precision, seed, given.steps, given.every, more))
         frechet = distances(Path(folder) / "float32_0", range(given.seeds), given.num_images, given.sampling_steps)
-    about = machine(torch.device("cpu"))
+    show(machine(torch.device("cpu")), curves, frechet, given.out)
+
+
+def show(about: dict[str, Any], curves: dict[str, list[Curve]], frechet: dict[str, list[float]], out: Path) -> None:
+    """Prints the comparison and writes it."""
     found = compare(curves)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"machine": about, **found, "frechet": frechet, "curves": curves}, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": about, **found, "frechet": frechet, "curves": curves}, indent=1) + "\n")
     print(", ".join(f"{name} {value}" for name, value in about.items() if value is not None))
-    print(
-        f"| | median | least to most |\n|---|---|---|\n| points of bf16 in float32's range | {found['inside']:.0%} | |"
-    )
+    print("| | median | least to most |\n|---|---|---|")
+    print(f"| points of bf16's mean curve in float32's range | {found['mean_inside']:.0%} | |")
+    for name, inside in found["inside_others"].items():
+        print(f"| points of {name}'s curves in the range of float32's other seeds | {inside:.0%} | |")
     rows = {
         "loss in bf16 / in float32, same seed": found["same_seed"],
+        "their difference / range of float32's seeds": found["of_range"],
         "loss in float32 / mean of seeds": found["seeds"],
         **{f"Fréchet distance of samples in {name}": spread(values) for name, values in frechet.items()},
     }
     for name, s in rows.items():
         print(f"| {name} | {s['median']:.4g} | {s['min']:.4g} to {s['max']:.4g} |")
-    print(f"\nall losses: {given.out}")
+    print(f"\nall losses: {out}")
 
 
 if __name__ == "__main__":
