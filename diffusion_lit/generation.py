@@ -30,15 +30,19 @@ class Requests(Dataset[Request]):
         num_images: At least 1.
         batch_size: Images made at once by one process, at least 1.
         labels: Image i shows class labels[i modulo their number]; None: nothing is asked for.
+        section: Of the configuration that the numbers are from, to name them by.
 
     Raises:
         ValueError: If either number is below 1.
     """
 
-    def __init__(self, num_images: int, batch_size: int, labels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, labels: Sequence[int] | None = None, section: str | None = None
+    ) -> None:
+        prefix = "" if section is None else f"{section}."
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise ValueError(f"{prefix}{name}={value} must be at least 1")
         self.num_images = num_images
         self.batch_size = batch_size
         self.labels = None if labels is None else torch.tensor(labels)
@@ -69,6 +73,12 @@ class Requests(Dataset[Request]):
     def loader(self, rank: int, world_size: int) -> DataLoader[Request]:
         """A data loader over the batches of one process."""
         return DataLoader(self, batch_size=None, sampler=self.share(rank, world_size))
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Raises ValueError if images cannot be made from such a seed."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{key}={seed} must lie in 0 .. 2^64 - 1")
 
 
 def check_labels(labels: Tensor, num_classes: int | None) -> None:

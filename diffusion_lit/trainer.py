@@ -25,7 +25,7 @@ from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
 from diffusion_lit.callbacks.signals import StopSignals
 from diffusion_lit.execution import Execution
-from diffusion_lit.generation import Request, Requests, asked_labels
+from diffusion_lit.generation import Request, Requests, asked_labels, check_seed
 from diffusion_lit.loggers import curves_of
 from diffusion_lit.module import AVERAGED, DiffusionModule
 from diffusion_lit.tables import DDIMTable, Table, Tabulator
@@ -49,8 +49,8 @@ class Trainer(L.Trainer):
         cuda_graphs: Whether sampling with a compiled network replays CUDA graphs; on a CPU it changes nothing.
 
     Raises:
-        ValueError: If the time or `accumulate_grad_batches` is not positive, the precision is none of
-            `PRECISIONS`, or the network cannot be run so.
+        ValueError: If the time or `accumulate_grad_batches` is not positive, the limit of gradients is negative, the
+            precision is none of `PRECISIONS`, or the network cannot be run so.
     """
 
     def __init__(
@@ -75,6 +75,10 @@ class Trainer(L.Trainer):
         super().__init__(*args, plugins=given, **kwargs)
         if not self.accumulate_grad_batches or self.accumulate_grad_batches < 1:
             raise ValueError(f"trainer.accumulate_grad_batches={self.accumulate_grad_batches} must be at least 1")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
+            raise ValueError(
+                f"trainer.gradient_clip_val={self.gradient_clip_val} must be at least 0; 0 or null to clip nothing"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision={self.precision}: weights and noise are float32 here; use {', '.join(PRECISIONS)}"
@@ -202,8 +206,7 @@ class Trainer(L.Trainer):
             ValueError: If a number is out of range, the model has no such class or `out` cannot be written to.
         """
         self._choose(model, ckpt_path, weights)
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be at least 0")
+        check_seed("seed", seed)
         asked = asked_labels(labels, per_class, getattr(model, "num_classes", None))
         if num_images is None:
             num_images = 64 if asked is None else len(asked)

@@ -138,15 +138,20 @@ def test_a_step_broken_off_half_way_is_not_kept(tmp_path: Path, whole: Whole, wi
     go_on(whole, tmp_path, where)
 
 
-def test_a_step_whose_score_is_broken_off_is_kept_beside(tmp_path: Path, whole: Whole) -> None:
+def test_a_step_whose_score_is_broken_off_is_kept_beside(
+    tmp_path: Path, whole: Whole, caplog: pytest.LogCaptureFixture
+) -> None:
     """`last` scores again; what goes on from the other file has the same weights and no score."""
     interruption = Interruption(1, "diffusion_lit/metrics/frechet.py")
     try:
-        with pytest.raises(SystemExit), pytest.warns(UserWarning, match=r"step 4 was broken off .*interrupted\.ckpt"):
+        with pytest.raises(SystemExit):
             fit(tmp_path / "run", interruption)
     finally:
         sys.settrace(None)
     kept = last(tmp_path / "run").with_name("interrupted.ckpt")
+    [said] = [record.message for record in caplog.records if "broken off" in record.message]
+    assert said.startswith("step 4 was broken off")
+    assert str(kept) in said
     assert load(last(tmp_path / "run"))["global_step"] == 2
     assert load(kept)["global_step"] == BROKEN
     fit(tmp_path / "other", ckpt_path=str(kept))

@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from diffusion_lit.callbacks.signals import asked_to_stop, stop
 from diffusion_lit.loggers import curves_of
@@ -394,7 +394,7 @@ class Checkpoints(Checkpoint):
             path = last_checkpoint(trainer.default_root_dir)
             if not self._between_steps(trainer, exception):
                 path = path.with_name(f"{INTERRUPTED}.ckpt")
-                rank_zero_warn(
+                rank_zero_info(
                     f"step {trainer.global_step:,} was broken off before all was done that belongs to it, such as "
                     f"scores. `--ckpt_path last` goes on from before, and does it all; {path} from here, without"
                 )
@@ -409,9 +409,12 @@ class Checkpoints(Checkpoint):
         """Whether all that belongs to the last step is done."""
         if trainer.global_step == self._step:
             return True
-        # What reads the next batch may fail; a second Ctrl-C may come anywhere.
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        return isinstance(exception, Exception) and progress.completed == progress.ready and not trainer.validating
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        if batches.completed != batches.started:
+            return False
+        # Before the next batch is there, a validation may be to come. What reads that batch may fail, too; a second
+        # Ctrl-C may come anywhere.
+        return batches.ready > batches.completed or (isinstance(exception, Exception) and not trainer.validating)
 
     def _save_last(self, trainer: L.Trainer) -> str | None:
         problem = save(trainer, last_checkpoint(trainer.default_root_dir))

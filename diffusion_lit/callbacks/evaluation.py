@@ -24,7 +24,7 @@ from diffusion_lit.callbacks.scalars import images_seen
 from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.diffusion import Sampler
 from diffusion_lit.execution import Execution
-from diffusion_lit.generation import Requests
+from diffusion_lit.generation import Requests, check_seed
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
 from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor, outputs_in_memory
@@ -57,7 +57,7 @@ class Evaluation(L.Callback):
         every_n_steps: Optimiser steps between evaluations while training; null: none.
 
     Raises:
-        ValueError: If a number is below 1, or a score cannot be computed from so many images or with its extractor.
+        ValueError: If a number is out of range, or a score cannot be computed from so many images or by its extractor.
     """
 
     def __init__(
@@ -75,11 +75,12 @@ class Evaluation(L.Callback):
     ) -> None:
         self.scores = [FrechetDistance()] if scores is None else list(scores)
         self.extractor = as_extractor(extractor)
-        self.requests = Requests(num_images, batch_size)
+        self.requests = Requests(num_images, batch_size, section="evaluation")
+        check_seed("evaluation.seed", seed)
         self.sampler = sampler
         self.seed = seed
         self.num_real = num_images if num_real is None else num_real
-        self.interval = Interval(every_n_steps)
+        self.interval = Interval(every_n_steps, "evaluation.every_n_steps")
         for score in self.scores:
             score.check(num_images)
             if score.against == "features":

@@ -17,7 +17,7 @@ from diffusion_lit.callbacks.real_images import RealImages
 from diffusion_lit.callbacks.sample_grid import check_sampler
 from diffusion_lit.callbacks.scalars import images_seen
 from diffusion_lit.diffusion import Sampler
-from diffusion_lit.generation import Requests
+from diffusion_lit.generation import Requests, check_seed
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
 from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor, outputs_in_memory
@@ -43,7 +43,7 @@ class Frechet(L.Callback):
         at_start: Whether to score the untrained model too.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is out of range.
 
     Source: Heusel et al. 2017.
     """
@@ -62,10 +62,11 @@ class Frechet(L.Callback):
     ) -> None:
         self.extractor = as_extractor(extractor)
         self.real = RealImages(self.extractor, reference, cache_dir)
-        self.interval = Interval(every_n_steps)
+        self.interval = Interval(every_n_steps, "frechet.every_n_steps")
         if num_images < 2:
             raise ValueError(f"frechet.num_images={num_images} must be at least 2, which a covariance needs")
-        self.requests = Requests(num_images, batch_size)
+        self.requests = Requests(num_images, batch_size, section="frechet")
+        check_seed("frechet.seed", seed)
         self.sampler = sampler
         self.seed = seed
         self.at_start = at_start

@@ -18,7 +18,7 @@ from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.data.base import ImageData, Split
 from diffusion_lit.diffusion import FixedLarge, ImageNoise, ReverseVariance
 from diffusion_lit.diffusion.likelihood import Bound, bits_per_dim
-from diffusion_lit.generation import Requests
+from diffusion_lit.generation import Requests, check_seed
 from diffusion_lit.images import from_uint8
 from diffusion_lit.memory import as_of_whole, in_memory
 from diffusion_lit.metrics.partial import PartialResults
@@ -44,7 +44,7 @@ class Likelihood(L.Callback):
         seed: Decides the noise.
 
     Raises:
-        ValueError: If a number is below 1, or there is no such split.
+        ValueError: If a number is out of range, or there is no such split.
 
     Source: Ho et al. 2020, eqs. 5 and 13.
     """
@@ -62,6 +62,7 @@ class Likelihood(L.Callback):
         for name, value in (("num_images", num_images), ("num_terms", num_terms), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"likelihood.{name}={value} must be at least 1")
+        check_seed("likelihood.seed", seed)
         self.split = split
         self.num_images = num_images
         self.num_terms = num_terms

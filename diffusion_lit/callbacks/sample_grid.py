@@ -9,7 +9,7 @@ from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.diffusion import DDIM, DiscreteProcess, Sampler
-from diffusion_lit.generation import Requests
+from diffusion_lit.generation import Requests, check_seed
 from diffusion_lit.images import save_png, tile, to_uint8
 from diffusion_lit.loggers import log_image
 from diffusion_lit.module import DiffusionModule
@@ -26,6 +26,9 @@ class SampleGrid(L.Callback):
         batch_size: Images generated at once.
         sampler: How they are drawn.
         seed: Decides their noise.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class SampleGrid(L.Callback):
         sampler: Sampler = DDIM(steps=50),
         seed: int = 0,
     ) -> None:
-        self.interval = Interval(every_n_steps)
-        self.requests = Requests(num_images, batch_size)
+        self.interval = Interval(every_n_steps, "sample_grid.every_n_steps")
+        self.requests = Requests(num_images, batch_size, section="sample_grid")
+        check_seed("sample_grid.seed", seed)
         self.sampler = sampler
         self.seed = seed
         self._drawn_at: int | None = None
