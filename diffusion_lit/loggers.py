@@ -49,6 +49,7 @@ class Table:
         self._written = 0
         self._step: int | None = None
         self._limit: int | None = None
+        self._torn = False
 
     def __len__(self) -> int:
         """Rows of this run, those that are not written yet included."""
@@ -77,6 +78,16 @@ class Table:
         Raises:
             OSError: If that is not possible; the file is as before then, and the rows are kept for another try.
         """
+        try:
+            self._save()
+        except OSError:
+            raise
+        except BaseException:
+            # Ctrl-C: which rows are written, the file alone knows.
+            self._torn = True
+            raise
+
+    def _save(self) -> None:
         kept = self._open()
         columns = self._columns or []
         new = set().union(*self.metrics) - set(columns)
@@ -86,18 +97,19 @@ class Table:
             if not rows and not self.path.is_file():
                 return
             self._write_anew(columns, rows)
-            self._columns, self._written = columns, len(rows)
-            self._step = None
+            self._columns, self._written, self._step, self.metrics = columns, len(rows), None, []
         elif self.metrics:
             self._append(columns)
-            self._written += len(self.metrics)
-        self.metrics = []
+            self._written, self.metrics = self._written + len(self.metrics), []
 
     def _open(self) -> list[dict[str, Any]] | None:
         """Looks at what the file holds when that is not known; returns the rows of it that stay if others do not."""
-        if self._columns is not None and self._step is None:
+        if self._columns is not None and self._step is None and not self._torn:
             return None
         rows = read_rows(self.path)
+        if self._torn and self._step is None:
+            self.metrics = self.metrics[max(len(rows) - self._written, 0) :]
+        self._torn = False
         step, limit = self._step, len(rows) if self._limit is None else self._limit
         kept = rows if step is None else [row for row in rows[:limit] if int(row["step"]) <= step]
         self._columns, self._written = (list(rows[0]) if rows else []), len(kept)
@@ -114,7 +126,7 @@ class Table:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self.path)
-        except OSError:
+        except BaseException:
             part.unlink(missing_ok=True)
             raise
 
@@ -125,7 +137,7 @@ class Table:
                 csv.DictWriter(file, columns).writerows(self.metrics)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             os.truncate(self.path, size)
             raise
 

@@ -141,7 +141,6 @@ class DiffusionModule(L.LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self.step_begun: int | None = None
         self.seen_in_step: list[tuple[Tensor, Tensor]] = []
         self.on_sampling_step: StepFn | None = None
         self.sampled_at_once: int | None = None
@@ -231,18 +230,12 @@ class DiffusionModule(L.LightningModule):
         """
         limit = gradient_clip_val or float("inf")
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
-        self.step_begun = self.trainer.global_step
         if self.max_skipped_steps is None or bool(self.gradient_norm.isfinite()):
             self.skipped_in_a_row = 0
         else:
             optimizer.zero_grad(set_to_none=True)
             self.skipped_in_a_row += 1
             self.skipped_steps += 1
-
-    @property
-    def in_optimizer_step(self) -> bool:
-        """Whether weights, averages and counters move, and are of no step; what is broken off here is not kept."""
-        return self.step_begun is not None and self.step_begun == self.trainer.global_step
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Averages right after the weights have moved, so that no callback's order matters.
@@ -257,8 +250,11 @@ class DiffusionModule(L.LightningModule):
         self.seen_in_step.clear()
         if self.skipped_in_a_row:
             if self.skipped_in_a_row == self.max_skipped_steps:
-                self.step_begun = None
-                raise NonFiniteGradients(self._why_stopped([losses for _, losses in seen]))
+                why = self._why_stopped([losses for _, losses in seen])
+                # The step is not done: whoever goes on from before it counts it anew.
+                self.skipped_in_a_row -= 1
+                self.skipped_steps -= 1
+                raise NonFiniteGradients(why)
             return
         t, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         self.objective.observe(t, losses, self._gather)

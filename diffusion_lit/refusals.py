@@ -18,6 +18,7 @@ from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks
 from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
 
+REQUIRED = "the following arguments are required: "
 USER_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, MisconfigurationException)
 ROOMS = (callbacks, data, diffusion, loggers, metrics, networks, tables)
 
@@ -63,6 +64,10 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     unknown = re.search(
         r"""(?:[Uu]nrecognized arguments: --|ambiguous option: --|[Oo]ption '|Key '|nested key ['"]?)([\w.]+)""", text
     )
+    if text.startswith(REQUIRED):
+        of_command = any(action.dest == "config" for action in parser._actions)
+        remedy = "give --ckpt_path CHECKPOINT, or -c CONFIG" if of_command else "give it as --...init_args.{}"
+        return f"{text}; {remedy.format(text.removeprefix(REQUIRED).split(',')[0])}"
     if unknown is None:
         return nearest_part(text)
     names = known_names(parser)
@@ -79,8 +84,6 @@ def nearest_part(text: str) -> str:
     if absent is not None:
         part, option = absent[1], absent[2]
         return f"there is no {part} to give {option!r} to; choose one first, by its class: --...{part} CLASS"
-    if text.startswith("the following arguments are required"):
-        return f"{text}; give --ckpt_path CHECKPOINT, or -c CONFIG"
     missing = re.search(
         r"Problem with given class_path '([\w.]+)'.*?has no attribute|Expected a dot import path string: ([\w.]+)", text
     )

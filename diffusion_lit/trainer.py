@@ -110,7 +110,8 @@ class Trainer(L.Trainer):
         run_dir = Path(self.default_root_dir)
         step: int = 0
         rows: int | None = 0
-        found = newest_checkpoint(run_dir) if ckpt_path == LAST else None
+        may_begin = ckpt_path == LAST
+        found = newest_checkpoint(run_dir) if may_begin else None
         if found is not None:
             ckpt_path, checkpoint = str(found[0]), found[1]
             rank_zero_info(f"continuing from {ckpt_path}")
@@ -124,7 +125,7 @@ class Trainer(L.Trainer):
             del checkpoint
         if self.is_global_zero:
             require_writable(run_dir)
-            if ckpt_path is None and has_run(run_dir):
+            if ckpt_path is None and not may_begin and has_run(run_dir):
                 raise ValueError(
                     f"{run_dir} holds a run already: continue it with --ckpt_path last, or choose another directory "
                     "with --trainer.default_root_dir"

@@ -86,10 +86,6 @@ def test_bf16_is_judged_by_the_range_of_float32_s_seeds() -> None:
     exact = [{10: 1.0, 20: 0.5}, {10: 1.2, 20: 0.7}, {10: 1.1, 20: 0.9}]
     rounded = [{10: 1.0, 20: 0.6}, {10: 1.3, 20: 0.7}, {10: 1.15, 20: 1.5}]
     found = precision.compare({"float32": exact, "bf16": rounded})
-    # Of three different numbers, one lies between the others.
-    assert found["inside_others"]["float32"] == pytest.approx(1 / 3)
-    assert found["inside_others"]["bf16"] == pytest.approx(2 / 6)
-    assert found["mean_inside"] == 0.5
     assert [found["same_seed"][end] for end in ("min", "max")] == pytest.approx([1.0, 1.5 / 0.9])
     assert [found["of_range"][end] for end in ("min", "max")] == pytest.approx([0.0, 0.6 / 0.4])
     assert [found["seeds"][end] for end in ("min", "max")] == pytest.approx([0.5 / 0.7, 0.9 / 0.7])

@@ -219,6 +219,10 @@ def test_weights_can_be_chosen_by_name(checkpoint: str, tmp_path: Path) -> None:
         (["--sample_grid.every_n_steps", "0"], ["sample_grid.every_n_steps=0", "at least 1, or null"]),
         (["--trainer.max_steps", "many"], ["max_steps", "many"]),
         (
+            ["--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR"],
+            ["required: step_size", "--...init_args.step_size"],
+        ),
+        (
             ["--trainer.accelerator", "gpu", "--trainer.devices", "99"],
             ["devices=99", f"has {torch.cuda.device_count()} GPUs", "GPUS="],
         ),

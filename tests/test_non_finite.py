@@ -125,7 +125,11 @@ def test_so_many_in_a_row_stop_the_run_and_name_step_rate_images_and_checkpoint(
     assert "\n" not in message
     checkpoint = load(last(tmp_path))
     assert checkpoint["global_step"] == 5
-    assert checkpoint["skipped_steps"] == [4, 3]
+    # Before the step at which it stopped, so that the same run goes on to the same end.
+    assert checkpoint["skipped_steps"] == [3, 2]
+    again = tiny.module(objective=Breaks([1], 7), max_skipped_steps=3)
+    with pytest.raises(NonFiniteGradients, match="in 3 steps in a row, the last of them step 6,"):
+        tiny.trainer(tmp_path, 9).fit(again, tiny.data(), ckpt_path="last")
 
 
 def test_the_count_outlives_a_pause(tmp_path: Path) -> None:

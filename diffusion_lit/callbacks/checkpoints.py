@@ -16,9 +16,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffusion_lit.callbacks.signals import asked_to_stop, stop
 from diffusion_lit.loggers import curves_of
+from diffusion_lit.module import NonFiniteGradients
 
 FOLDER = "checkpoints"
 LAST = "last"
@@ -78,7 +80,8 @@ def newest_checkpoint(run_dir: Path | str) -> tuple[Path, dict[str, Any]] | None
     newest = next(whole(first), None)
     if newest is None and damaged:
         # Not where there is neither: a best.ckpt alone is not from between two steps, and the run starts anew.
-        others = whole(sorted(set(folder.glob("*.ckpt")) - set(first)))
+        passed = {*first, folder / f"{INTERRUPTED}.ckpt"}
+        others = whole(sorted(set(folder.glob("*.ckpt")) - passed))
         newest = max(others, key=lambda found: int(found[1].get("global_step", 0)), default=None)
     if damaged and newest is None:
         raise ValueError(
@@ -98,7 +101,7 @@ class DamagedCheckpointWarning(UserWarning):
 
 def has_run(run_dir: Path | str) -> bool:
     """Whether a directory holds a run that could go on."""
-    return any((Path(run_dir) / FOLDER / f"{name}.ckpt").is_file() for name in (LAST, PREVIOUS))
+    return any((Path(run_dir) / FOLDER / f"{name}.ckpt").is_file() for name in (LAST, PREVIOUS, INTERRUPTED))
 
 
 def run_of(checkpoint: Path | str) -> Path:
@@ -172,14 +175,14 @@ class Hashing:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         try:
             self.digest.update(data)
             return self.file.write(data)
-        except OSError as error:
-            # On its way through torch's writer this becomes some RuntimeError.
+        except BaseException as error:
+            # On its way through torch's writer this becomes some RuntimeError, Ctrl-C too.
             self.error = error
             raise
 
@@ -314,6 +317,12 @@ def save(trainer: L.Trainer, path: Path | str, weights_only: bool | None = False
     return answer
 
 
+def _steps_and_batches(trainer: L.Trainer) -> tuple[int, int]:
+    """How many steps Lightning has finished, with their validation, and how many batches it has begun."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return loop._batches_that_stepped, loop.batch_progress.total.started
+
+
 class Checkpoints(Checkpoint):
     """Keeps <run>/checkpoints/last.ckpt, also when training ends, is interrupted or fails; and snapshots if asked.
 
@@ -347,11 +356,17 @@ class Checkpoints(Checkpoint):
         self._training = False
         self._saved_at: int | None = None
         self._step = 0
+        self._begun: int | None = None
+        self._finished = self._started = 0
+        self._ending = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training = True
         self._step = trainer.global_step
-        there = last_checkpoint(trainer.default_root_dir).is_file() and trainer.global_step > 0
+        self._begun, self._ending = None, False
+        _, self._started = _steps_and_batches(trainer)
+        last = last_checkpoint(trainer.default_root_dir)
+        there = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == last.resolve()
         self._saved_at = trainer.global_step if trainer.strategy.broadcast(there) else None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -362,9 +377,11 @@ class Checkpoints(Checkpoint):
             checkpoint["curves"] = curves.num_rows
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        self._ending = False
+        self._finished, started = _steps_and_batches(trainer)
         if trainer.global_step == self._step:
             return
-        self._step = trainer.global_step
+        self._step, self._started = trainer.global_step, started
         if self._step % self.every_n_steps == 0:
             self._save_last(trainer)
         self._snapshot(trainer)
@@ -374,8 +391,16 @@ class Checkpoints(Checkpoint):
                 self._save_last(trainer)
             stop(trainer, reason)
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        self._begun = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ending = True
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raises OSError if what training has come to cannot be kept."""
+        # All others' business is done: this callback is the last.
+        self._ending = False
         problem = None if self._saved_at == trainer.global_step else self._save_last(trainer)
         self._snapshot(trainer)
         self._training = False
@@ -389,14 +414,15 @@ class Checkpoints(Checkpoint):
         Where it is the business after a step that was broken off, such as a score, last.ckpt stays what it was, for a
         run that went on from here would miss it; interrupted.ckpt is for those who would rather.
         """
-        whole = not getattr(pl_module, "in_optimizer_step", False)
-        if self._training and whole and self._saved_at != trainer.global_step:
+        new = trainer.global_step > 0 and self._saved_at != trainer.global_step
+        if self._training and new and self._whole(trainer, pl_module, exception):
             path = last_checkpoint(trainer.default_root_dir)
-            if not self._between_steps(trainer, exception):
+            if not self._between_steps(trainer):
+                again = "goes on from before" if path.is_file() else "begins anew"
                 path = path.with_name(f"{INTERRUPTED}.ckpt")
                 rank_zero_info(
-                    f"step {trainer.global_step:,} was broken off before all was done that belongs to it, such as "
-                    f"scores. `--ckpt_path last` goes on from before, and does it all; {path} from here, without"
+                    f"step {trainer.global_step:,} was broken off before all that belongs to it, such as scores. "
+                    f"`--ckpt_path last` {again} and does it all; `--ckpt_path {path}` goes on from here, without"
                 )
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             try:
@@ -405,21 +431,31 @@ class Checkpoints(Checkpoint):
                 warnings.warn(f"{path.name} could not be written: {error}", stacklevel=2)
         self._training = False
 
-    def _between_steps(self, trainer: L.Trainer, exception: BaseException) -> bool:
-        """Whether all that belongs to the last step is done."""
-        if trainer.global_step == self._step:
+    def _whole(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> bool:
+        """Whether weights, averages and counters are of one step: the last that was done."""
+        if trainer.global_step == self._begun:
+            # That the weights move no more is why this one is raised.
+            return isinstance(exception, NonFiniteGradients)
+        if trainer.global_step > self._step:
             return True
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current
-        if batches.completed != batches.started:
+        # Running means move with every batch, long before the weights.
+        running = any(isinstance(part, _BatchNorm) for part in module.modules())
+        return not running or _steps_and_batches(trainer)[1] == self._started
+
+    def _between_steps(self, trainer: L.Trainer) -> bool:
+        """Whether all that belongs to the last step is done: scores, samples, validation; at the end, the last ones."""
+        if self._ending:
             return False
-        # Before the next batch is there, a validation may be to come. What reads that batch may fail, too; a second
-        # Ctrl-C may come anywhere.
-        return batches.ready > batches.completed or (isinstance(exception, Exception) and not trainer.validating)
+        return trainer.global_step == self._step or _steps_and_batches(trainer)[0] > self._finished
 
     def _save_last(self, trainer: L.Trainer) -> str | None:
         problem = save(trainer, last_checkpoint(trainer.default_root_dir))
         if problem is None:
             self._saved_at = trainer.global_step
+            if trainer.is_global_zero:
+                # Older than this one.
+                with contextlib.suppress(OSError):
+                    last_checkpoint(trainer.default_root_dir).with_name(f"{INTERRUPTED}.ckpt").unlink(missing_ok=True)
         else:
             rank_zero_warn(f"{problem}; training goes on")
         return problem

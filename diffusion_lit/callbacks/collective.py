@@ -13,6 +13,16 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class SharedOSError(OSError):
+    """What could not be read or written by one process, raised by every one of them at the same place."""
+
+
+def as_shared(error: OSError) -> SharedOSError:
+    """The same, as every process raises it; "Input/output error" where it has no number."""
+    where = "" if error.filename is None else f": {error.filename}"
+    return SharedOSError(error.errno or errno.EIO, f"{error.strerror or error}{where}")
+
+
 def reduce_sum(trainer: L.Trainer, tensor: Tensor) -> Tensor:
     """Sums a tensor over all processes."""
     return cast(Tensor, trainer.strategy.reduce(tensor, reduce_op="sum"))
@@ -27,9 +37,9 @@ def on_first(trainer: L.Trainer, work: Callable[[], T], of_machine: bool = False
         of_machine: Whether the first process of every machine does it; what travels is then the first one's.
 
     Raises:
-        Exception: On the process that did it, what `work` raised.
-        OSError: On the others, if it was one.
-        RuntimeError: On the others, with its message, if it was another.
+        SharedOSError: On all, if `work` raised an OSError.
+        Exception: On the process that did it, whatever else `work` raised.
+        RuntimeError: On the others, with its message.
     """
     result: T | None = None
     error: Exception | None = None
@@ -38,12 +48,14 @@ def on_first(trainer: L.Trainer, work: Callable[[], T], of_machine: bool = False
             result = work()
         except (RuntimeError, ValueError, OSError) as problem:
             error = problem
-    failed = isinstance(error, OSError)
-    message, failed, result = trainer.strategy.broadcast((None if error is None else str(error), failed, result))
+    cannot = as_shared(error).args if isinstance(error, OSError) else None
+    message, cannot, result = trainer.strategy.broadcast((None if error is None else str(error), cannot, result))
+    if cannot is not None:
+        raise SharedOSError(*cannot) from error
     if error is not None:
         raise error
     if message is not None:
-        raise (OSError if failed else RuntimeError)(message)
+        raise RuntimeError(message)
     return result
 
 
@@ -55,16 +67,16 @@ def together(trainer: L.Trainer) -> Iterator[None]:
         trainer: Whose processes.
 
     Raises:
-        OSError: On every process if there was one on any.
+        SharedOSError: On every process if there was an OSError on any.
     """
     error: OSError | None = None
     try:
         yield
     except OSError as problem:
         error = problem
-    number = 0 if error is None else error.errno or errno.EIO
+    number = 0 if error is None else as_shared(error).errno
     worst = int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op="max"))
     if error is not None:
-        raise error
+        raise as_shared(error) from error
     if worst:
-        raise OSError(worst, f"{os.strerror(worst)}, on another process")
+        raise SharedOSError(worst, f"{os.strerror(worst)}, on another process")

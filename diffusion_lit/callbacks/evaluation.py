@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from diffusion_lit.callbacks.collective import on_first, together
+from diffusion_lit.callbacks.collective import SharedOSError, on_first, together
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.callbacks.real_images import RealImages
@@ -129,7 +129,8 @@ class Evaluation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         if self.interval.due(trainer) and isinstance(pl_module, DiffusionModule):
-            with if_possible("evaluation"):
+            # Where one of several processes gave up alone, the others would wait for it.
+            with if_possible("evaluation", OSError if trainer.world_size == 1 else SharedOSError):
                 scores = self.evaluate(trainer, pl_module)["scores"]
                 log_metrics(trainer, {**scores, IMAGES_SEEN: images_seen(trainer)})
 

@@ -132,8 +132,13 @@ class Frechet(L.Callback):
         log_metrics(trainer, {self.name: value, IMAGES_SEEN: images_seen(trainer)})
         rank_zero_info(f"step {trainer.global_step}: {self.name} {value:.4g} ({self.requests.num_images:,} images)")
         if self.best is None or value < self.best:
+            before = self.best, self.best_step
             self.best, self.best_step = value, trainer.global_step
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / FOLDER / "best.ckpt", weights_only=False)
+            try:
+                trainer.save_checkpoint(Path(trainer.default_root_dir) / FOLDER / "best.ckpt", weights_only=False)
+            except BaseException:
+                self.best, self.best_step = before
+                raise
         return value
 
     def state_dict(self) -> dict[str, Any]:
