@@ -118,6 +118,7 @@ def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_trainin
     where = "File too large" if rank == 0 else "File too large, on another process"
     assert said == f"evaluation could not be written ({where}); training goes on"
     assert [record["step"] for record in read_records(place / "results.jsonl")] == [2, 6]
+    assert list((place / "evaluation").iterdir()) == []
     assert load(last(place))["global_step"] == 6
 
 

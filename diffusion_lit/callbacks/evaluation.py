@@ -81,6 +81,7 @@ class Evaluation(L.Callback):
         self.seed = seed
         self.num_real = num_images if num_real is None else num_real
         self.interval = Interval(every_n_steps, "evaluation.every_n_steps")
+        self._partial: PartialResults | None = None
         for score in self.scores:
             score.check(num_images)
             if score.against == "features":
@@ -131,7 +132,13 @@ class Evaluation(L.Callback):
         if self.interval.due(trainer) and isinstance(pl_module, DiffusionModule):
             # Where one of several processes gave up alone, the others would wait for it.
             with if_possible("evaluation", OSError if trainer.world_size == 1 else SharedOSError):
-                scores = self.evaluate(trainer, pl_module)["scores"]
+                try:
+                    scores = self.evaluate(trainer, pl_module)["scores"]
+                except OSError:
+                    # Parts of these weights' images are of no use to the next.
+                    if self._partial is not None and trainer.is_global_zero:
+                        self._partial.remove()
+                    raise
                 log_metrics(trainer, {**scores, IMAGES_SEEN: images_seen(trainer)})
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -176,7 +183,7 @@ class Evaluation(L.Callback):
         start = time.perf_counter()
         with module.averaged_weights():
             key = self.key(trainer, module, sampler)
-            partial = PartialResults(Path(trainer.default_root_dir) / FOLDER / key_of(key), key)
+            partial = self._partial = PartialResults(Path(trainer.default_root_dir) / FOLDER / key_of(key), key)
             on_first(trainer, lambda: announce(partial, self.requests))
             self._generate(trainer, module, sampler, partial)
             name = module.weights_name
