@@ -160,7 +160,7 @@ def test_broken_off_between_any_two_lines_it_ends_as_the_whole_run(
     [
         ("torch/optim/adam.py", 20),
         ("diffusion_lit/averaging.py", 20),
-        ("diffusion_lit/callbacks/checkpoints.py", 60),
+        ("diffusion_lit/callbacks/checkpoints.py", 50),
         ("diffusion_lit/loggers.py", 10),
         ("diffusion_lit/loggers.py", 60),
     ],

@@ -175,14 +175,14 @@ class Hashing:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
-        self.error: BaseException | None = None
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
             self.digest.update(data)
             return self.file.write(data)
-        except BaseException as error:
-            # On its way through torch's writer this becomes some RuntimeError, Ctrl-C too.
+        except OSError as error:
+            # On its way through torch's writer this becomes some RuntimeError.
             self.error = error
             raise
 
@@ -251,9 +251,12 @@ class WholeFiles(TorchCheckpointIO):
                 hashing = Hashing(file)
                 try:
                     torch.save(dict(checkpoint), hashing)  # type: ignore[arg-type]
-                except RuntimeError:
+                except RuntimeError as error:
                     if hashing.error is not None:
                         raise hashing.error from None
+                    if isinstance(error.__context__, KeyboardInterrupt):
+                        # The writer, broken off, complains of an end that is too early.
+                        raise error.__context__ from None
                     raise
                 seal(file, hashing.digest.hexdigest())
                 file.flush()
