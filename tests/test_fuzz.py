@@ -158,7 +158,7 @@ def said(options: dict[str, Any]) -> list[tuple[set[str], set[str]]]:
             for key, inner in value.items():
                 walk(inner, path | ({key} if key not in ("class_path", "init_args") else set()) | ({name} - {""}))
             return
-        written = {"null"} if value is None else set() if value else {"Given value: "}
+        written = {"null"} if value is None else {"''"} if value == "" else set()
         for v in [value, *(value if isinstance(value, list) else [])]:
             written |= {str(v), str(v).lower(), v.rpartition(".")[2] if isinstance(v, str) else str(v)}
         found.append((path, written - {""}))
