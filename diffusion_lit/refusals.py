@@ -61,7 +61,7 @@ def known_names(parser: ArgumentParser) -> set[str]:
 def one_line(message: str, parser: ArgumentParser) -> str:
     """A parser's message on one line; where a key is unknown, the nearest known one beside it."""
     text = " ".join(line.strip(" -|\t") for line in message.splitlines())
-    text = re.sub(r"value:\s*$", "value: ''", text)
+    text = re.sub(r"(value|path string):\s*$", r"\1: ''", text)
     unknown = re.search(
         r"""(?:[Uu]nrecognized arguments: --|ambiguous option: --|[Oo]ption '|Key '|nested key ['"]?)([\w.]+)""", text
     )
