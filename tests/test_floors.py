@@ -8,11 +8,12 @@ import pytest
 PACKAGE = "diffusion_lit"
 BELOW: dict[str, set[str]] = {
     "types": set(),
+    "memory": {"types"},
     "images": {"types"},
     "diffusion": {"types", "images"},
     "networks": {"types", "images"},
     "data": {"types", "images", "records"},
-    "metrics": {"types", "images", "records"},
+    "metrics": {"types", "images", "memory", "records"},
     "records": set(),
     "statistics": {"data", "metrics"},
     "generation": {"types"},
@@ -20,10 +21,10 @@ BELOW: dict[str, set[str]] = {
     "execution": set(),
     "loggers": set(),
     "optimization": set(),
-    "module": {"types", "images", "diffusion", "averaging", "execution", "generation", "optimization"},
+    "module": {"types", "images", "memory", "diffusion", "averaging", "execution", "generation", "optimization"},
     "callbacks": {
-        "types", "images", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers", "module",
-        "records",
+        "types", "images", "memory", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers",
+        "module", "records",
     },
     "tables": {
         "types", "images", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers", "module",
