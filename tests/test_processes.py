@@ -164,7 +164,7 @@ def fail(count: int, place: Path) -> None:
     """One process fails; the run ends all the same and keeps a checkpoint."""
 
     class Fail(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
             if trainer.global_step == 2 and trainer.is_global_zero:
                 raise KeyError("on purpose")
 
