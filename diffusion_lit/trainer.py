@@ -66,6 +66,11 @@ class Trainer(L.Trainer):
         if not process_timeout > 0:
             raise ValueError(f"trainer.process_timeout={process_timeout} must be above 0 seconds")
         self.execution = Execution(channels_last, compile, cuda_graphs)
+        interval = kwargs.get("val_check_interval")
+        if isinstance(interval, float) and kwargs.get("check_val_every_n_epoch", 1) is None:
+            raise ValueError(
+                f"trainer.val_check_interval={interval} must be a whole number of batches: epochs are not counted"
+            )
         given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]

@@ -214,6 +214,7 @@ def test_weights_can_be_chosen_by_name(checkpoint: str, tmp_path: Path) -> None:
         (["--trainer.gradient_clip_algorithm", "value"], ["gradient_clip_algorithm='value'", "'norm'"]),
         (["--trainer.gradient_clip_val", "-1"], ["trainer.gradient_clip_val=-1", "at least 0"]),
         (["--trainer.gradient_clip_val", ".nan"], ["trainer.gradient_clip_val=nan", "at least 0"]),
+        (["--trainer.val_check_interval", "0.5"], ["trainer.val_check_interval=0.5", "whole number of batches"]),
         (["--frechet.seed", "-1"], ["frechet.seed=-1", "0 .. 2^64 - 1"]),
         (["--evaluation.batch_size", "0"], ["evaluation.batch_size=0", "at least 1"]),
         (["--sample_grid.every_n_steps", "0"], ["sample_grid.every_n_steps=0", "at least 1, or null"]),
