@@ -77,6 +77,7 @@ def test_a_run_whose_images_lie_on_the_device_is_the_same_bit_for_bit(tmp_path: 
     assert tiny.identical(there["current_model_state"], here["current_model_state"])
 
 
+@pytest.mark.slow
 def test_a_compiled_network_with_dropout_is_resumed_exactly(tmp_path: Path) -> None:
     def fit(run: Path, steps: int, ckpt_path: str | None = None) -> None:
         tiny.trainer(run, steps, compile=BACKEND).fit(tiny.module(), tiny.data(), ckpt_path=ckpt_path)

@@ -234,7 +234,7 @@ def test_the_fuzzer_tells_good_refusals_from_bad_ones() -> None:
     assert [line for line in bad if names_what_is_wrong(options, line)] == []
 
 
-@settings(common, max_examples=12, derandomize=True)
+@settings(common, max_examples=8, derandomize=True)
 @given(configurations())
 def test_a_configuration_trains_or_is_refused_in_one_line(options: dict[str, Any]) -> None:
     check(options)
