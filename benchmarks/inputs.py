@@ -19,7 +19,7 @@ from benchmarks.alternate import Work, alternate
 from benchmarks.compute import Pixels
 from benchmarks.setting import Result, Setting, quiet, row
 from diffusion_lit.data import LSUN, ImageData, Prepared
-from diffusion_lit.data.prepare import prepare
+from diffusion_lit.tools.prepare import prepare
 
 WORKERS = 2
 

@@ -17,22 +17,11 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from diffusion_lit.callbacks import (
-    EMA,
-    Checkpoints,
-    Evaluation,
-    Frechet,
-    Likelihood,
-    Plots,
-    ProgressBar,
-    SampleGrid,
-    Scalars,
-)
+from diffusion_lit.callbacks import EMA, Checkpoints, Plots, ProgressBar, SampleGrid, Scalars
 from diffusion_lit.callbacks.checkpoints import CARRIED, read_checkpoint, restore, run_of
 from diffusion_lit.callbacks.signals import Stopped
 from diffusion_lit.callbacks.storage import if_possible
-from diffusion_lit.module import DiffusionModule
-from diffusion_lit.refusals import (
+from diffusion_lit.errors import (
     USER_ERRORS,
     fail,
     innermost,
@@ -40,6 +29,8 @@ from diffusion_lit.refusals import (
     one_line,
     require_values,
 )
+from diffusion_lit.evaluation import Evaluation, Frechet, Likelihood
+from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
 
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
@@ -53,10 +44,10 @@ SECTIONS: dict[str, type[Callback]] = {
 }
 """The house's callbacks, each a section of the configuration."""
 TOOLS: dict[str, str] = {
-    "import": "diffusion_lit.exchange.import_weights",
-    "export": "diffusion_lit.exchange.export_weights",
-    "prepare": "diffusion_lit.data.prepare",
-    "reference": "diffusion_lit.statistics",
+    "import": "diffusion_lit.tools.import_weights",
+    "export": "diffusion_lit.tools.export_weights",
+    "prepare": "diffusion_lit.tools.prepare",
+    "reference": "diffusion_lit.tools.reference",
 }
 """Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
 

@@ -11,7 +11,6 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from diffusion_lit.callbacks import Evaluation, Likelihood
 from diffusion_lit.callbacks.checkpoints import (
     WholeFiles,
     has_run,
@@ -24,11 +23,12 @@ from diffusion_lit.callbacks.checkpoints import (
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import ProgressBar
 from diffusion_lit.callbacks.signals import StopSignals
+from diffusion_lit.evaluation import Evaluation, Likelihood
+from diffusion_lit.evaluation.tables import DDIMTable, Table, Tabulator
 from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Request, Requests, asked_labels, check_seed
 from diffusion_lit.loggers import curves_of
 from diffusion_lit.module import AVERAGED, DiffusionModule
-from diffusion_lit.tables import DDIMTable, Table, Tabulator
 
 LAST = "last"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_lit import cli
 from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
-from diffusion_lit.callbacks.evaluation import counted
+from diffusion_lit.evaluation.evaluation import counted
 from diffusion_lit.execution import Execution
 from diffusion_lit.module import DiffusionModule
 from tests import tiny

@@ -15,7 +15,6 @@ BELOW: dict[str, set[str]] = {
     "data": {"types", "images", "records"},
     "metrics": {"types", "images", "memory", "records"},
     "records": set(),
-    "statistics": {"data", "metrics"},
     "generation": {"types"},
     "averaging": {"types"},
     "execution": set(),
@@ -26,16 +25,17 @@ BELOW: dict[str, set[str]] = {
         "types", "images", "memory", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers",
         "module", "records",
     },
-    "tables": {
-        "types", "images", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers", "module",
-        "callbacks", "records",
+    "evaluation": {
+        "types", "images", "memory", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers",
+        "module", "callbacks", "records",
     },
     "trainer": {
         "types", "images", "diffusion", "averaging", "execution", "generation", "data", "metrics", "loggers", "module",
-        "callbacks", "records", "tables",
+        "callbacks", "records", "evaluation",
     },
-    "exchange": {
-        "types", "images", "diffusion", "networks", "averaging", "generation", "module", "callbacks", "records",
+    "tools": {
+        "types", "images", "diffusion", "networks", "averaging", "generation", "data", "metrics", "module", "callbacks",
+        "records",
     },
 }  # fmt: skip
 ABOVE_ALL = {"cli", "refusals", "__main__"}
@@ -68,7 +68,7 @@ def arrows_up(file: str, source: str) -> list[str]:
     if room in (*ABOVE_ALL, "__init__"):
         return []
     leaf = room.startswith("methods/")
-    allowed = set().union(BELOW, BELOW["trainer"]) - {"trainer", "exchange"} if leaf else BELOW.get(room)
+    allowed = set().union(BELOW, BELOW["trainer"]) - {"trainer", "tools"} if leaf else BELOW.get(room)
     if allowed is None:
         return [f"{file}: the room {room} has no floor yet; give it one in this test"]
     wrong = imported(file, source) - allowed - {room}
@@ -93,8 +93,8 @@ def test_no_arrow_points_up(repository: Path) -> None:
         ("loggers.py", "from diffusion_lit.types import Batch", "loggers -> types"),
         ("trainer.py", "from diffusion_lit.methods.guidance import G", "trainer -> methods/guidance"),
         ("methods/a.py", "from diffusion_lit.methods.b import B", "methods/a -> methods/b"),
-        ("exchange/files.py", "from diffusion_lit.trainer import Trainer", "exchange -> trainer"),
-        ("methods/a.py", "from diffusion_lit.exchange.files import read", "methods/a -> exchange"),
+        ("tools/files.py", "from diffusion_lit.trainer import Trainer", "tools -> trainer"),
+        ("methods/a.py", "from diffusion_lit.tools.files import read", "methods/a -> tools"),
         ("attic/old.py", "", "no floor yet"),
     ],
 )

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import diffusion_lit
-from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, SampleGrid, Scalars
+from diffusion_lit.callbacks import EMA, Checkpoints, SampleGrid, Scalars
 from diffusion_lit.diffusion import DDIM
+from diffusion_lit.evaluation import Frechet
 from diffusion_lit.loggers import CSV, read_rows
 from diffusion_lit.methods.feature_network import FeatureNetworkModule
 from diffusion_lit.metrics import Pixels

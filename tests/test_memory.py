@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion_lit.callbacks import Checkpoints, Evaluation, Likelihood
+from diffusion_lit.callbacks import Checkpoints
 from diffusion_lit.diffusion import DDIM
+from diffusion_lit.evaluation import Evaluation, Likelihood
 from diffusion_lit.loggers import read_rows
 from diffusion_lit.metrics import Pixels
 from diffusion_lit.records import read_records

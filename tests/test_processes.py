@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Evaluation, Frechet, Likelihood, Scalars
+from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
 from diffusion_lit.diffusion import Denoiser, Objective
+from diffusion_lit.evaluation import Evaluation, Frechet, Likelihood
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import read_curves

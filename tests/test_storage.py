@@ -12,9 +12,10 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Evaluation, Frechet, Plots, SampleGrid, Scalars
+from diffusion_lit.callbacks import EMA, Checkpoints, Plots, SampleGrid, Scalars
 from diffusion_lit.callbacks.checkpoints import read_checkpoint
 from diffusion_lit.diffusion import DDIM
+from diffusion_lit.evaluation import Evaluation, Frechet
 from diffusion_lit.loggers import CSV, read_rows
 from diffusion_lit.metrics import Pixels
 from diffusion_lit.records import append_record, read_records

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.averaging import WeightAverages
-from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, SampleGrid, Scalars
+from diffusion_lit.callbacks import EMA, Checkpoints, SampleGrid, Scalars
 from diffusion_lit.diffusion import (
     DDIM,
     X0,
@@ -21,6 +21,7 @@ from diffusion_lit.diffusion import (
     Variational,
     Weighting,
 )
+from diffusion_lit.evaluation import Frechet
 from diffusion_lit.images import from_uint8
 from diffusion_lit.loggers import read_curves
 from diffusion_lit.metrics import Pixels

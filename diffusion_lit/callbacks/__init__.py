@@ -2,10 +2,7 @@
 
 from diffusion_lit.callbacks.checkpoints import Checkpoints, WholeFiles
 from diffusion_lit.callbacks.ema import EMA
-from diffusion_lit.callbacks.evaluation import Evaluation
-from diffusion_lit.callbacks.frechet import Frechet
 from diffusion_lit.callbacks.image_writer import ImageWriter
-from diffusion_lit.callbacks.likelihood import Likelihood
 from diffusion_lit.callbacks.plots import Plots
 from diffusion_lit.callbacks.progress import ProgressBar, sampling_bar
 from diffusion_lit.callbacks.sample_grid import SampleGrid
@@ -14,10 +11,7 @@ from diffusion_lit.callbacks.scalars import Scalars
 __all__ = [
     "EMA",
     "Checkpoints",
-    "Evaluation",
-    "Frechet",
     "ImageWriter",
-    "Likelihood",
     "Plots",
     "ProgressBar",
     "SampleGrid",

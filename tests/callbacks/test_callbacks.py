@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Frechet, ImageWriter, Plots, SampleGrid, Scalars, sampling_bar
+from diffusion_lit.callbacks import EMA, Checkpoints, ImageWriter, Plots, SampleGrid, Scalars, sampling_bar
 from diffusion_lit.callbacks import progress as progress_module
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.plots import plot_run
 from diffusion_lit.diffusion import DDIM
+from diffusion_lit.evaluation import Frechet
 from diffusion_lit.generation import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import CSV, read_curves

@@ -12,7 +12,7 @@ import torch
 from diffusion_lit import cli
 from diffusion_lit.data import LSUN, Digits, Folder, ImageData, Prepared
 from diffusion_lit.data.base import CorruptImage, CorruptImageWarning
-from diffusion_lit.data.prepare import parts_of, prepare
+from diffusion_lit.tools.prepare import parts_of, prepare
 from tests.data.test_lsun import write
 from tests.test_cli import CONFIGS, fit_args
 from tests.test_configs import OnlyParts

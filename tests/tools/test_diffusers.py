@@ -39,9 +39,9 @@ from diffusion_lit.diffusion import (
     Uniform,
     V,
 )
-from diffusion_lit.exchange import export_weights, import_weights, scheduler, unet2d
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet, UNet
+from diffusion_lit.tools import export_weights, import_weights, scheduler, unet2d
 
 T = 20
 TINY: dict[str, Any] = {

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from diffusion_lit.callbacks.collective import SharedOSError, on_first, together
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
-from diffusion_lit.callbacks.real_images import RealImages
 from diffusion_lit.callbacks.sample_grid import check_sampler
 from diffusion_lit.callbacks.scalars import images_seen
 from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.diffusion import Sampler
+from diffusion_lit.evaluation.partial import PartialResults
+from diffusion_lit.evaluation.real_images import RealImages
 from diffusion_lit.execution import Execution
 from diffusion_lit.generation import Requests, check_seed
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
 from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor, outputs_in_memory
-from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.metrics.reference import Reference
 from diffusion_lit.metrics.scores import FrechetDistance, Score
 from diffusion_lit.module import DiffusionModule

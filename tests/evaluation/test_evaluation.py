@@ -12,13 +12,14 @@ import torch_fidelity
 from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Evaluation, Likelihood
+from diffusion_lit.callbacks import EMA, Checkpoints
 from diffusion_lit.data import Folder
 from diffusion_lit.diffusion import DDIM, Ancestral, DiscreteProcess, FixedSmall, ImageNoise
 from diffusion_lit.diffusion.likelihood import bits_per_dim
+from diffusion_lit.evaluation import Evaluation, Likelihood
+from diffusion_lit.evaluation.partial import PartialResults
 from diffusion_lit.images import from_uint8
 from diffusion_lit.metrics import KID, FrechetDistance, Inception, InceptionScore, Pixels, PrecisionRecall, Score
-from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.records import RESULTS, key_of, read_records
 from tests import tiny
 from tests.metrics.inception import random_weights

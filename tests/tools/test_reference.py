@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from diffusion_lit import cli, statistics
+from diffusion_lit import cli
 from diffusion_lit.metrics import Pixels, Reference
+from diffusion_lit.tools import reference
 
 PIXELS = ["--extractor", "Pixels", "--extractor.size", "2"]
 
@@ -93,4 +94,4 @@ def test_plain_mistakes_are_one_line(
     Path("broken.yaml").write_text("a: [")
     Path("text.yaml").write_text("just words")
     with pytest.raises(ValueError, match=re.escape(said)):
-        statistics.main([*args, "--out", "statistics.npz"])
+        reference.main([*args, "--out", "statistics.npz"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusion_lit.exchange import import_weights
-from diffusion_lit.exchange.files import read, read_json
+from diffusion_lit.tools import import_weights
+from diffusion_lit.tools.files import read, read_json
 
 
 class Malicious:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.collective import on_first, reduce_sum, together
 from diffusion_lit.data.base import ImageData
+from diffusion_lit.evaluation.partial import PartialResults
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
-from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.metrics.reference import (
     Reference,
     WrongImageCount,

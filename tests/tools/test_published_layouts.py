@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from diffusion_lit import cli
 from diffusion_lit.callbacks.checkpoints import restore
-from diffusion_lit.exchange.import_weights import main
 from diffusion_lit.methods.classifier_guidance import NoisyClassifierModule
 from diffusion_lit.module import DiffusionModule
-from tests.exchange import official_ddpm
-from tests.exchange.guided_diffusion import Form, Network, as_classifier, classifier_shapes, unet_shapes
+from diffusion_lit.tools.import_weights import main
+from tests.tools import official_ddpm
+from tests.tools.guided_diffusion import Form, Network, as_classifier, classifier_shapes, unet_shapes
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TIMES = torch.tensor([3.0, 700.0])

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from diffusion_lit.callbacks.checkpoints import FOLDER, read_checkpoint, run_of
 from diffusion_lit.callbacks.collective import on_first
-from diffusion_lit.callbacks.evaluation import Evaluation
 from diffusion_lit.diffusion import (
     DDIM,
     Ancestral,
@@ -29,6 +28,7 @@ from diffusion_lit.diffusion import (
     Quadratic,
     Sampler,
 )
+from diffusion_lit.evaluation.evaluation import Evaluation
 from diffusion_lit.module import DiffusionModule
 
 SIGMA_HAT = "sigma-hat"

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from diffusion_lit import cli
+from diffusion_lit.evaluation.tables import PUBLISHED, AverageTable, DDIMTable, SamplerTable, StepTable
 from diffusion_lit.records import RESULTS, read_records
-from diffusion_lit.tables import PUBLISHED, AverageTable, DDIMTable, SamplerTable, StepTable
 from tests.test_cli import AVERAGES, CPU, QUIET, fit_args
 
 SAMPLERS = ("Ancestral", "DDIM", "DPMSolver", "Heun")

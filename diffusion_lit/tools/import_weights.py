@@ -20,11 +20,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from diffusion_lit.callbacks.checkpoints import CARRIED, WholeFiles
-from diffusion_lit.exchange import scheduler, unet2d
-from diffusion_lit.exchange.files import check_tensors, choose_state, is_state, read, read_json
 from diffusion_lit.module import AVERAGED, RAW, DiffusionModule
 from diffusion_lit.networks import UNet
 from diffusion_lit.records import read_recipe
+from diffusion_lit.tools import scheduler, unet2d
+from diffusion_lit.tools.files import check_tensors, choose_state, is_state, read, read_json
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -14,13 +14,13 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from diffusion_lit import callbacks, data, diffusion, loggers, metrics, networks, tables
+from diffusion_lit import callbacks, data, diffusion, evaluation, loggers, metrics, networks
 from diffusion_lit.methods import classifier_guidance, feature_network
 from diffusion_lit.module import DiffusionModule
 
 REQUIRED = "the following arguments are required: "
 USER_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, MisconfigurationException)
-ROOMS = (callbacks, data, diffusion, loggers, metrics, networks, tables)
+ROOMS = (callbacks, data, diffusion, evaluation, loggers, metrics, networks)
 
 
 def fail(message: str) -> NoReturn:

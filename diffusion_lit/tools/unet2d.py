@@ -7,10 +7,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from diffusion_lit.exchange.files import check_tensors
 from diffusion_lit.networks import UNet
 from diffusion_lit.networks.layers import ResBlock
 from diffusion_lit.networks.unet import Level
+from diffusion_lit.tools.files import check_tensors
 
 CLASS = "UNet2DModel"
 

@@ -13,15 +13,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from diffusion_lit.callbacks.collective import on_first, together
-from diffusion_lit.callbacks.evaluation import FOLDER, announce, circumstances, elapsed
 from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.data.base import ImageData, Split
 from diffusion_lit.diffusion import FixedLarge, ImageNoise, ReverseVariance
 from diffusion_lit.diffusion.likelihood import Bound, bits_per_dim
+from diffusion_lit.evaluation.evaluation import FOLDER, announce, circumstances, elapsed
+from diffusion_lit.evaluation.partial import PartialResults
 from diffusion_lit.generation import Requests, check_seed
 from diffusion_lit.images import from_uint8
 from diffusion_lit.memory import as_of_whole, in_memory
-from diffusion_lit.metrics.partial import PartialResults
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.records import RESULTS, append_record, describe, digest, key_of
 

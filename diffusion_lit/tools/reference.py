@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.data.base import ImageData, Split
-from diffusion_lit.data.prepare import parts_of
 from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, WrongImageCount, compute_reference
+from diffusion_lit.tools.prepare import parts_of
 
 
 def statistics(

@@ -13,10 +13,10 @@ from diffusion_lit.callbacks.checkpoints import FOLDER
 from diffusion_lit.callbacks.collective import reduce_sum
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
-from diffusion_lit.callbacks.real_images import RealImages
 from diffusion_lit.callbacks.sample_grid import check_sampler
 from diffusion_lit.callbacks.scalars import images_seen
 from diffusion_lit.diffusion import Sampler
+from diffusion_lit.evaluation.real_images import RealImages
 from diffusion_lit.generation import Requests, check_seed
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics

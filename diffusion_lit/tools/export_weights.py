@@ -15,9 +15,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore
-from diffusion_lit.exchange import scheduler, unet2d
 from diffusion_lit.module import AVERAGED, DiffusionModule
 from diffusion_lit.networks import UNet
+from diffusion_lit.tools import scheduler, unet2d
 
 DIFFUSERS_VERSION = "0.42.1"
 
