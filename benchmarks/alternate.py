@@ -1,4 +1,4 @@
-"""What every benchmark shares: several ways to do one thing, timed by turns in one process."""
+"""What every benchmark shares: several ways to do one thing, timed in turn in one process."""
 
 import platform
 import statistics
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 Work = Callable[[], float | None]
-"""Does something once; what times a part of itself returns the seconds, and is not timed from outside."""
+"""Does something once. It may return the seconds that count; else it is timed as a whole."""
 
 
 def now(device: torch.device) -> float:
-    """Seconds: of the process on a CPU with one thread, so that other work does not count; else by the clock."""
+    """Seconds: processor time of the process on a CPU with one thread, where other work does not count; else wall-clock
+    time.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
@@ -23,14 +25,14 @@ def now(device: torch.device) -> float:
 
 
 def seconds(work: Work, device: torch.device) -> float:
-    """How long it takes."""
+    """The time that it takes, in seconds."""
     start = now(device)
     own = work()
     return now(device) - start if own is None else own
 
 
 def alternate(kinds: Mapping[str, Work], rounds: int, device: torch.device) -> list[dict[str, float]]:
-    """Seconds of every kind in every round, after one round to warm up; each round begins with another kind."""
+    """Seconds of every kind in every round, after a round to warm up; each round begins with another kind."""
     names = list(kinds)
     for name in names:
         kinds[name]()
@@ -52,7 +54,7 @@ def compare(times: Sequence[Mapping[str, float]], ours: str, peer: str) -> dict[
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the times were taken on."""
+    """The machine and its software."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from benchmarks.alternate import Work, alternate
-from benchmarks.compute import Pixels
 from benchmarks.setting import Result, Setting, quiet, row
+from benchmarks.training import Pixels
 from diffusion_lit.data import LSUN, ImageData, Prepared
 from diffusion_lit.tools.prepare import prepare
 
@@ -25,22 +25,22 @@ WORKERS = 2
 
 
 def inputs(setting: Setting) -> Iterator[Result]:
-    """Images per second of one process that reads, crops and stacks; and of one that leaves it to two workers.
+    """Images per second of one process that reads, crops and stacks them, and of one with two worker processes.
 
-    Workers' images are a training run's, by the clock, which other work on the machine slows down.
+    The time with workers is wall-clock time, which other work on the machine lengthens.
     """
     host = torch.device("cpu")
-    data = Pixels(batch_size=128)
+    data = ImageData(Pixels(), batch_size=128)
     with quiet():
         loader = iter(data.train_dataloader())
     with tempfile.TemporaryDirectory() as folder:
         write_lsun(Path(folder) / "tower_train_lmdb", count=64)
-        lsun = LSUN(folder, "tower", 256)
+        lsun = ImageData(LSUN(folder, "tower", 256))
         with quiet():
             prepare(lsun, Path(folder) / "tower.images")
-        prepared = Prepared(f"{folder}/tower.images", 256)
+        prepared = ImageData(Prepared(f"{folder}/tower.images", 256))
         with quiet():
-            by_workers = iter(LSUN(folder, "tower", 256, batch_size=16, num_workers=WORKERS).train_dataloader())
+            by_workers = iter(ImageData(lsun.source, batch_size=16, num_workers=WORKERS).train_dataloader())
 
         def memory() -> None:
             for _ in range(40):
@@ -55,7 +55,7 @@ def inputs(setting: Setting) -> Iterator[Result]:
 
         def workers() -> float:
             for _ in range(4 * WORKERS):
-                # What they have read ahead while others were timed.
+                # Batches that were read ahead while other kinds were timed.
                 next(by_workers)
             begun = time.perf_counter()
             for _ in range(16):
@@ -75,7 +75,7 @@ def inputs(setting: Setting) -> Iterator[Result]:
 
 
 def write_lsun(path: Path, count: int) -> None:
-    """A database as LSUN's are, of pieces of two photographs, 256 pixels on the short side."""
+    """Writes a database like LSUN's, of pieces of two photographs, 256 pixels on the short side."""
     path.mkdir(parents=True)
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
     with lmdb.open(str(path), map_size=1 << 28) as database, database.begin(write=True) as transaction:
@@ -87,19 +87,19 @@ def write_lsun(path: Path, count: int) -> None:
 
 
 def start(setting: Setting) -> Iterator[Result]:
-    """From nothing to the end of a first training step on the digits, and of the process."""
+    """Time of a whole process that makes one training step on the digits."""
     root = Path(__file__).parent.parent
     kind = "gpu" if setting.on_gpu else "cpu"
     times = []
     for _ in range(max(2, setting.rounds // 4)):
         with tempfile.TemporaryDirectory() as folder:
-            args = ["fit", "-c", "configs/base.yaml", "-c", "configs/digits.yaml", "--trainer.max_steps", "1"]
+            args = ["fit", "-c", "digits", "--trainer.max_steps", "1"]
             options = [
                 f"--trainer.default_root_dir={folder}",
                 "--trainer.logger=false",
                 f"--trainer.accelerator={kind}",
             ]
-            few = ["--frechet.every_n_steps=null", "--frechet.at_start=false", "--sample_grid.num_images=1"]
+            few = ["--evaluation.every_n_steps=null", "--evaluation.at_start=false", "--sample_grid.num_images=1"]
             before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
             subprocess.run(
                 [sys.executable, "-m", "diffusion_lit", *args, *options, *few],

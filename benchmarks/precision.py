@@ -9,7 +9,6 @@ float32 model makes in float32 and in bf16, by several seeds of noise, whose spr
 """
 
 import argparse
-import csv
 import io
 import json
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ import torch
 from benchmarks.alternate import machine, spread
 from benchmarks.setting import quiet
 from diffusion_lit import cli
-from diffusion_lit.callbacks.checkpoints import last_checkpoint
+from diffusion_lit.checkpoint import last_checkpoint
+from diffusion_lit.loggers import read_curves
 from diffusion_lit.records import RESULTS, read_records
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
@@ -33,29 +33,26 @@ Curve = dict[int, float]
 
 
 def train(run: Path, precision: str, seed: int, steps: int, every: int, more: Sequence[str]) -> Curve:
-    """Trains the recipe; the losses that it logs."""
-    configs = Path(__file__).parent.parent / "configs"
+    """Trains the recipe and returns the losses that it logs."""
     settings = {
         "seed_everything": seed,
         "trainer.default_root_dir": run,
         "trainer.precision": precision,
         "trainer.max_steps": steps,
         "trainer.log_every_n_steps": every,
-        "trainer.logger": "diffusion_lit.loggers.CSV",
-        "frechet.every_n_steps": "null",
-        "frechet.at_start": "false",
+        "trainer.logger": "Curves",
+        "evaluation.every_n_steps": "null",
+        "evaluation.at_start": "false",
         "sample_grid.num_images": 1,
     }
     options = [f"--{name}={value}" for name, value in settings.items()]
     with quiet():
-        cli.main(["fit", "-c", str(configs / "base.yaml"), "-c", str(configs / "digits.yaml"), *HERE, *options, *more])
-    [file] = (run / "csv").rglob("metrics.csv")
-    with file.open(newline="") as rows:
-        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(rows) if row.get("train/loss")}
+        cli.main(["fit", "-c", "digits", *HERE, *options, *more])
+    return dict(read_curves(run)["train/loss"])
 
 
 def distances(run: Path, seeds: Sequence[int], num_images: int, steps: int) -> dict[str, list[float]]:
-    """The Fréchet distance of samples by precision, for each seed of their noise."""
+    """The Fréchet distance of samples by precision, one per seed of their noise."""
     found: dict[str, list[float]] = {}
     few = [f"--evaluation.num_images={num_images}", "--trainer.limit_test_batches=1"]
     sampler = ["--evaluation.sampler=DDIM", f"--evaluation.sampler.steps={steps}"]

@@ -1,8 +1,8 @@
-"""Two processes of one thread against one process of two threads, by turns: training steps of the same batch.
+"""Two processes of one thread against one process of two threads, in turn: training steps with the same batch.
 
     python -m benchmarks.processes
 
-Needs two idle cores: times are the clock's.
+Needs two idle cores: times are wall-clock times.
 """
 
 import argparse
@@ -20,9 +20,10 @@ import lightning.pytorch as L
 import torch
 
 from benchmarks.alternate import compare, machine, spread
-from benchmarks.compute import Pixels
 from benchmarks.setting import awake, quiet
+from benchmarks.training import Pixels
 from diffusion_lit.callbacks import EMA
+from diffusion_lit.data import ImageData
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import UNet
 from diffusion_lit.trainer import Trainer
@@ -32,7 +33,7 @@ KINDS = {"two processes": 2, "one process": 1}
 
 
 class Ends(L.Callback):
-    """When each step had ended, by the clock."""
+    """Records when each step ended, by the clock."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -42,7 +43,7 @@ class Ends(L.Callback):
 
 
 def work(processes: int, batch_size: int, steps: int, width: int, out: Path) -> None:
-    """Trains, in one of so many processes, and writes the seconds of a step after the first."""
+    """Trains in one of `processes` processes, and writes the mean seconds of a step after the first."""
     torch.set_num_threads(CORES // processes)
     ends = Ends()
     model = DiffusionModule(awake(UNet(width=width)), optimizer=partial(torch.optim.Adam, lr=2e-4))
@@ -63,13 +64,13 @@ def work(processes: int, batch_size: int, steps: int, width: int, out: Path) -> 
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(model, Pixels(batch_size=batch_size))
+        trainer.fit(model, ImageData(Pixels(), batch_size=batch_size))
     if trainer.is_global_zero:
         out.write_text(json.dumps((ends.times[-1] - ends.times[0]) / steps))
 
 
 def start(processes: int, *options: str) -> float:
-    """Seconds of a step in processes of their own."""
+    """Seconds of a step in new processes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         command = [sys.executable, "-m", "benchmarks.processes", "--work", str(processes), "--out", str(out), *options]
@@ -79,7 +80,7 @@ def start(processes: int, *options: str) -> float:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Prints both and their ratio, and writes all times."""
+    """Prints both times and their ratio, and writes all times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=16, help="over all processes")
     parser.add_argument("--steps", type=int, default=3, help="timed in each turn, after one")

@@ -1,4 +1,4 @@
-"""What the benchmarks of a network share: on what to measure, ours and diffusers' network, and how a result looks."""
+"""What the benchmarks of a network share: the setting, both networks, and the form of a result."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -22,20 +22,23 @@ from diffusion_lit.networks import UNet
 
 Result = dict[str, Any]
 """A row: the case, seconds by name, ratios by name, all times, and rates."""
+BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+"""The default process, for diffusers' schedulers."""
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """On what and how often to measure.
+    """Where, at which sizes and how often to measure.
 
     Attributes:
-        device: Where networks are.
+        device: Device of the networks.
         bf16: Whether they run in bf16, by autocast.
-        rounds: How often; half as many for what takes long.
-        batch_sizes: Of forward passes and training steps.
+        rounds: Number of rounds; cases that take long have half as many.
+        batch_sizes: For forward passes and training steps.
         sampling: Images at once, and steps of DDIM.
         width: Of the network; DDPM's has 128.
-        switches: Whether ours is run by every switch of `Execution` too.
+        switches: Whether ours is run with each switch of `Execution` too.
     """
 
     device: torch.device
@@ -47,7 +50,7 @@ class Setting:
     switches: bool = False
 
     def variants(self) -> dict[str, Execution]:
-        """In which ways ours is run; the last has all switches on."""
+        """The ways in which ours is run; the last has all switches on."""
         found = {"ours": Execution()}
         if self.switches:
             found |= {
@@ -62,12 +65,12 @@ class Setting:
         return [(ours, peer) for ours in variants or self.variants() for peer in self.peers()]
 
     def peers(self) -> dict[str, "Setting"]:
-        """In which precisions diffusers is run: in ours, and in float32."""
+        """The precisions in which diffusers is run: ours, and float32."""
         return {"diffusers": self, **({"diffusers, float32": replace(self, bf16=False)} if self.bf16 else {})}
 
     @property
     def few(self) -> int:
-        """Rounds of what takes long."""
+        """Rounds of cases that take long."""
         return max(2, self.rounds // 2)
 
     @property
@@ -78,12 +81,12 @@ class Setting:
         """bf16 by autocast, or float32."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
-    def ours(self) -> nn.Module:
+    def ours(self) -> UNet:
         """DDPM's CIFAR-10 network."""
         return awake(UNet(width=self.width)).to(self.device)
 
     def model(self, execution: Execution = Execution(), **parts: Any) -> DiffusionModule:
-        """Ours, run in some way."""
+        """Our model, run in the given way."""
         model = DiffusionModule(self.ours(), **parts)
         model.execute(execution)
         return model
@@ -94,7 +97,7 @@ class Setting:
 
     @cached_property
     def gflop(self) -> float:
-        """Of one forward pass of one image; a multiply-add is two."""
+        """GFLOP of one forward pass of one image; a multiply-add counts as two."""
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             UNet(width=self.width)(torch.zeros(1, 3, 32, 32), torch.zeros(1))
         return float(counter.get_total_flops()) / 1e9
@@ -106,10 +109,10 @@ class Setting:
 
 
 def diffusers_network(width: int) -> nn.Module:
-    """Diffusers' network, of which the weights are as many as ours.
+    """Diffusers' network with the same number of parameters.
 
     Raises:
-        RuntimeError: If they are not.
+        RuntimeError: If the numbers differ.
     """
     network: nn.Module = diffusers.UNet2DModel(
         sample_size=32,
@@ -130,8 +133,8 @@ def diffusers_network(width: int) -> nn.Module:
     return network
 
 
-def awake(network: nn.Module) -> nn.Module:
-    """With weights of which none is zero."""
+def awake(network: AnyModule) -> AnyModule:
+    """Sets all weights to values other than zero, and returns the network."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -145,9 +148,8 @@ def row(case: str, times: Sequence[Mapping[str, float]], pairs: Sequence[tuple[s
     Args:
         case: Its name.
         times: Seconds by name, of every round.
-        pairs: Of which to give ratios.
-        more: Such as `gflop`, of which a kind's rate is made: that of `rate_of`, by default the first; `images`,
-            likewise.
+        pairs: Names whose ratios are given.
+        more: Further entries. `gflop` and `images` become rates of the name in `rate_of`, by default the first.
     """
     seconds = {name: spread([t[name] for t in times]) for name in times[0]}
     first = seconds[more.setdefault("rate_of", next(iter(seconds)))]["median"]
@@ -165,7 +167,7 @@ def row(case: str, times: Sequence[Mapping[str, float]], pairs: Sequence[tuple[s
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning says nothing."""
+    """Silences Lightning."""
     loggers = [logging.getLogger(f"lightning.{name}.utilities.rank_zero") for name in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]
     try:

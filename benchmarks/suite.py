@@ -1,10 +1,10 @@
-"""The benchmarks of docs/performance.md: ours and diffusers, by turns in one process.
+"""The benchmarks of docs/performance.md: ours and diffusers, in turn in one process.
 
     make bench
     make bench ARGS="--device cuda --precision bf16"
 
-One JSON file with every time, and the tables as Markdown. At equal architecture: DDPM's CIFAR-10 network, 35.7 M
-parameters, with random weights, on which no time depends. --cases chooses some.
+Prints the tables as Markdown and writes every time to a JSON file. Both run DDPM's CIFAR-10 network, 35.7 M parameters,
+with random weights, on which no time depends. --cases chooses some.
 """
 
 import argparse
@@ -16,21 +16,21 @@ import diffusers
 import lightning
 import torch
 
-from benchmarks import compute, inputs
+from benchmarks import compute, inputs, training
 from benchmarks.alternate import machine
 from benchmarks.setting import Result, Setting
 
 CASES: dict[str, Callable[[Setting], Iterator[Result]]] = {
     "limits": compute.limits,
     "forward": compute.forward,
-    "training": compute.training,
-    "overhead": compute.overhead,
+    "training": training.training,
+    "overhead": training.overhead,
     "averages": compute.averages,
     "sampling": compute.sampling,
     "waits": compute.waits,
     "noise": compute.noise,
     "features": compute.features,
-    "memory": compute.memory,
+    "memory": training.memory,
     "inputs": inputs.inputs,
     "start": inputs.start,
 }
@@ -64,7 +64,7 @@ def markdown(found: Result) -> str:
 
 
 def share_of_limit(found: Result, results: Sequence[Result]) -> None:
-    """Sets beside a result what share of the machine's own limit it reaches, where that was measured before."""
+    """Adds to a result its share of the machine's limit, if that was measured before."""
     limits = {result["case"]: result["gflop_per_s"] for result in results if result["case"].startswith("limit: ")}
     limit = limits.get(f"limit: {found.get('limit')}")
     if limit is not None:
@@ -109,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in given.cases:
         if setting.switches:
-            # What was compiled for one case takes no part in the next, nor in torch's limit of compiled shapes.
+            # Shapes compiled for one case must not count against torch's limit in the next.
             torch.compiler.reset()
         for found in CASES[name](setting):
             share_of_limit(found, results)

@@ -1,6 +1,6 @@
 """Averages of a module's weights over training, and one way to put them to use."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,25 +14,33 @@ class WeightAverages:
     A decay is also the name of its average, as `str(decay)`; the first is the primary one.
 
     Args:
-        module: Whose parameters are averaged.
+        module: Has the parameters.
         decays: One average for each, in [0, 1).
         warmup: Whether the decay starts low, min(decay, (1 + n) / (10 + n)) at the n-th update, so that
             short runs do not keep their random start.
+        names: The parameters to average; None: all trainable ones.
 
     Raises:
         ValueError: If there is no decay, or one outside [0, 1).
     """
 
-    def __init__(self, module: nn.Module, decays: Sequence[float], warmup: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decays: Sequence[float],
+        warmup: bool = False,
+        names: Iterable[str] | None = None,
+    ) -> None:
         if not decays or not all(0 <= d < 1 for d in decays) or len(set(decays)) < len(decays):
             raise ValueError(f"ema.decays={list(decays)} must be distinct values in [0, 1); DDPM uses [0.9999]")
         self.decays = list(decays)
         self.warmup = warmup
         self.num_updates = 0
-        self._names = [name for name, p in module.named_parameters() if p.requires_grad]
+        trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+        self._names = trainable if names is None else [name for name in trainable if name in set(names)]
         self._averages = {str(d): self._snapshot(module) for d in decays}
         self._raw: list[Tensor] | None = None
-        self._in_place: str | None = None
+        self._active: str | None = None
 
     @property
     def primary(self) -> str:
@@ -40,9 +48,9 @@ class WeightAverages:
         return str(self.decays[0])
 
     @property
-    def in_place(self) -> str | None:
-        """The name of the average that the module holds at this moment, None while it holds its own weights."""
-        return self._in_place
+    def active(self) -> str | None:
+        """The name of the average that the module holds at the moment; None while it holds its own weights."""
+        return self._active
 
     def _parameters(self, module: nn.Module) -> list[Tensor]:
         # By `get_parameter`, name by name, this would take milliseconds of every step.
@@ -71,23 +79,23 @@ class WeightAverages:
 
         Raises:
             KeyError: If there is no such average.
-            RuntimeError: If an average is in place already: contexts do not nest.
+            RuntimeError: If an average is active already: contexts do not nest.
         """
-        if self._in_place is not None:
-            raise RuntimeError(f"the average {self._in_place} is in place already: leave that context first")
+        if self._active is not None:
+            raise RuntimeError(f"the average {self._active} is active already: leave that context first")
         name = name or self.primary
         average = self._averages[name]
         parameters = self._parameters(module)
         with torch.no_grad():
             self._raw = [p.detach().clone() for p in parameters]
             torch._foreach_copy_(parameters, average)
-        self._in_place = name
+        self._active = name
         try:
             yield
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, self._raw)
-            self._raw = self._in_place = None
+            self._raw = self._active = None
 
     def average(self, name: str | None = None) -> dict[str, Tensor]:
         """One average by parameter name, float32."""

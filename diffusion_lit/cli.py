@@ -1,71 +1,61 @@
-"""The command line: fit, validate, test, predict and table."""
+"""The commands that need a Trainer: fit, validate, test, predict and table."""
 
-import argparse
-import json
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Plots, ProgressBar, SampleGrid, Scalars
-from diffusion_lit.callbacks.checkpoints import CARRIED, read_checkpoint, restore, run_of
+from diffusion_lit import help
+from diffusion_lit.callbacks import Plots, ProgressBar, Scalars
 from diffusion_lit.callbacks.signals import Stopped
 from diffusion_lit.callbacks.storage import if_possible
-from diffusion_lit.errors import (
-    USER_ERRORS,
-    fail,
-    innermost,
-    lost_another,
-    one_line,
-    require_values,
-)
-from diffusion_lit.evaluation import Evaluation, Frechet, Likelihood
-from diffusion_lit.module import DiffusionModule
+from diffusion_lit.checkpoint import read_checkpoint, run_of
+from diffusion_lit.command import Command, configuration, parse, require, run_name
+from diffusion_lit.configuration import Merge, class_paths, only_imports
+from diffusion_lit.errors import OTHER_ERRORS
+from diffusion_lit.loggers import clear_save_dir, fill_save_dir, log_hyperparams
+from diffusion_lit.main import COMMANDS, main, outlive_terminal
+from diffusion_lit.parts import Slot, import_part, signature
+from diffusion_lit.recipes import names
+from diffusion_lit.sections import CARRIED, SECTIONS, SEED
+from diffusion_lit.system import System
 from diffusion_lit.trainer import Trainer
 
-TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
-SECTIONS: dict[str, type[Callback]] = {
-    "ema": EMA,
-    "sample_grid": SampleGrid,
-    "frechet": Frechet,
-    "evaluation": Evaluation,
-    "likelihood": Likelihood,
-    "checkpoints": Checkpoints,
+__all__ = ["CARRIED", "CLI", "SECTIONS", "main", "parse", "run"]
+
+DEFAULTS: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": "auto",
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 50,
+    "enable_model_summary": False,
+    "logger": [{"class_path": "Curves"}, {"class_path": "WandB"}],
 }
-"""The house's callbacks, each a section of the configuration."""
-TOOLS: dict[str, str] = {
-    "import": "diffusion_lit.tools.import_weights",
-    "export": "diffusion_lit.tools.export_weights",
-    "prepare": "diffusion_lit.tools.prepare",
-    "reference": "diffusion_lit.tools.reference",
-}
-"""Further subcommands, which need no Trainer: the module whose `main` takes the arguments after the name."""
+"""Arguments of the Trainer where nothing else is said."""
+LOADING = ("validate", "test", "predict")
+"""Commands that start from the configuration that a checkpoint carries."""
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line and name the nearest known key; a beginning of a key is no key."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    """A parser whose errors are exceptions."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if os.environ.get(TRACEBACK):
-            super().error(message, ex)
-        fail(one_line(message, self))
+        raise ValueError(message) from ex
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes <run>/config.yaml once a run has started or goes on, so that a sampled or refused one keeps its own.
+class _SaveConfig(SaveConfigCallback):
+    """Writes <run>/config.yaml once a run has started or continues, so that one that is refused leaves the file alone.
 
     The loggers' directory, which the command line has filled in, is left out: the file serves for another run too.
     """
@@ -77,31 +67,32 @@ class SaveConfig(SaveConfigCallback):
         """Nothing yet: what is wrong with a checkpoint shows later."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        log_hyperparams(trainer, trainer.resolved_config)
         if trainer.is_global_zero:
             with if_possible(str(Path(trainer.default_root_dir) / self.config_filename)):
                 self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        config = self.config.clone()
-        for init_args in logger_arguments(config.trainer):
-            init_args.save_dir = None
-        path = Path(trainer.default_root_dir) / self.config_filename
-        self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
-
-
-def logger_arguments(trainer: Namespace) -> list[Namespace]:
-    """The arguments of those loggers that keep files."""
-    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-    arguments = [getattr(logger, "init_args", None) for logger in loggers]
-    return [init_args for init_args in arguments if init_args is not None and "save_dir" in init_args]
+        text = yaml.safe_dump(trainer.resolved_config, sort_keys=False)
+        (Path(trainer.default_root_dir) / self.config_filename).write_text(text, encoding="utf-8")
 
 
 class CLI(LightningCLI):
-    """LightningCLI with the house's callbacks as sections, and checkpoints that bring their configuration along."""
+    """LightningCLI over a configuration that has been merged and checked: see `configuration.Merge`.
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    Args:
+        args: The words of the command line.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.command = parse(args, list(COMMANDS))
+        if self.command.name == "table":
+            self.command = as_test(self.command)
+        if self.command.topics is not None:
+            sys.stdout.write(help_on(self.command))
+            raise SystemExit(0)
         super().__init__(
-            LightningModule,
+            System,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -109,77 +100,121 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=Parser,
             trainer_defaults={"callbacks": [Scalars(), Plots(), ProgressBar()]},
-            save_config_callback=SaveConfig,
+            save_config_callback=_SaveConfig,
             seed_everything_default=0,
-            args=None if args is None else list(args),
+            args={},
         )
+
+    @classmethod
+    def parts(cls, args: Sequence[str]) -> "CLI":
+        """The model, the data and the trainer of a command line, which is not run."""
+        made: CLI = type("Parts", (cls,), {"_run_subcommand": lambda self, subcommand: None})(args)
+        return made
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self.command.name: {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for section, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, section)
         for target in ("model.init_args.seed", "data.init_args.seed"):
-            parser.link_arguments("seed_everything", target, compute_fn=int)
-        for name in ("extractor", "reference", "cache_dir"):
-            parser.link_arguments(f"frechet.{name}", f"evaluation.{name}")
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "table")}
+            parser.link_arguments(SEED, target, compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(with_checkpoint_config(sys.argv[1:] if args is None else args))
-        seed = self.config[self.config.subcommand].seed_everything
-        if seed is None or not 0 <= int(seed) < 2**32:
-            raise ValueError(f"seed_everything={seed} must be within [0, {2**32 - 1}]")
+        slots = command_slots(self.command.name)
+        self.tree = merged(self.command, slots)
+        if self.command.print_config:
+            sys.stdout.write(yaml.safe_dump(self.tree, sort_keys=False))
+            raise SystemExit(0)
+        fill_save_dir(self.tree["trainer"].get("logger"), self.tree["trainer"].get("default_root_dir") or ".")
+        require(self.tree, slots)
+        check_seeds(self.tree)
+        self.off = [name for name in SECTIONS if name in self.tree and self.tree[name] is None]
+        keys = self._subcommand_parsers[self.command.name].callback_keys
+        keys[:] = [name for name in keys if name not in self.off]
+        given = {name: value for name, value in self.tree.items() if name not in self.off}
+        with only_imports([*self.command.trust, *class_paths(given)]):
+            self.config = parser.parse_object({"subcommand": self.command.name, self.command.name: given})
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: the checkpoint's configuration stands before the arguments already, so that they win."""
+        """Nothing: the checkpoint's configuration lies below the arguments already, so that they win."""
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[str(self.subcommand)].trainer
-        require_devices(trainer)
-        for init_args in logger_arguments(trainer):
-            if init_args.save_dir is None:
-                init_args.save_dir = trainer.default_root_dir
-        require_values(self.config[str(self.subcommand)], SECTIONS)
+        require_devices(self.config[str(self.subcommand)].trainer)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except OTHER_ERRORS as error:
+            raise ValueError(f"the configuration makes no model: {type(error).__name__}: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True, skip_none=False))
-        self.model.config = {k: v for k, v in dumped[self.subcommand].items() if k in CARRIED}
+        resolved = dumped[self.subcommand] | dict.fromkeys(self.off)
+        self.model.config = {name: value for name, value in resolved.items() if name in CARRIED}
+        clear_save_dir(resolved["trainer"]["logger"], resolved["trainer"]["default_root_dir"] or ".")
+        self.trainer.resolved_config = resolved  # type: ignore[attr-defined]
 
 
-def with_checkpoint_config(args: list[str]) -> list[str]:
-    """Puts the configuration that a checkpoint carries before the arguments, for every subcommand but fit.
-
-    Loggers are off then, unless asked for: the run's curves are those of its training.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint of ours.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    path = parser.parse_known_args(args)[0].ckpt_path
-    if not args or args[0] not in ("validate", "test", "predict", "table") or path is None:
-        return args
-    config = dict(read_checkpoint(path).get("config") or {})
-    if "model" not in config and not any(arg.startswith(("-c", "--config", "--model")) for arg in args):
-        raise ValueError(f"{path} carries no configuration of its model; give the one it was trained with by -c")
-    config["trainer"] = {"logger": False, "default_root_dir": str(run_of(path))}
-    return [args[0], "--config", json.dumps(config), *args[1:]]
+def command_slots(name: str) -> dict[str, Slot]:
+    """The sections and options of a command."""
+    own = signature(getattr(Trainer, name), 1).slots
+    return {
+        SEED: CARRIED[SEED],
+        "trainer": Slot(Trainer, fixed=True),
+        **CARRIED,
+        **{option: slot for option, slot in own.items() if option not in ("model", "datamodule")},
+    }
 
 
-def load_model(path: str) -> DiffusionModule:
-    """A model in eval mode from a checkpoint alone, with its averaged weights.
-
-    Args:
-        path: A checkpoint that `fit` wrote.
+def merged(command: Command, slots: Mapping[str, Slot]) -> dict[str, Any]:
+    """The configuration of a command: defaults, then what a checkpoint carries, then files, then options.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the checkpoint is damaged or carries no configuration.
+        ValueError: If a key is unknown, or a value or part does not go where it was put.
     """
-    return restore(path, DiffusionModule).eval()
+    path = command.option("ckpt_path") if command.name in LOADING else None
+    defaults = DEFAULTS if path is None else {**DEFAULTS, "logger": False, "default_root_dir": str(run_of(path))}
+    if command.option("trainer.logger") is not None:
+        defaults = {**defaults, "logger": None}
+    tree: dict[str, Any] = Merge(typed=True).sections({SEED: 0}, {"trainer": defaults}, slots)
+    if path is not None:
+        carried = {k: v for k, v in (read_checkpoint(path).get("config") or {}).items() if k in CARRIED}
+        if "model" not in carried and not command.files and "model" not in dict(command.options):
+            raise ValueError(f"{path} carries no configuration of its model; give the one it was trained with by -c")
+        tree = Merge(command.trust, path).sections(tree, carried, slots)
+    others = {option for name in (*LOADING, "fit") for option in command_slots(name)}
+    tree = configuration(command, slots, tree, sorted(others))
+    if tree["trainer"].get("default_root_dir") is None and (name := run_name(command)) is not None:
+        tree["trainer"]["default_root_dir"] = str(Path("runs") / name)
+    return tree
+
+
+def help_on(command: Command) -> str:
+    """The help that a command line asks for."""
+    slots = command_slots(command.name)
+    shown = [name for name in names() if name != "base"]
+    return help.show(command, slots, merged(command, slots), COMMANDS[command.name], shown)
+
+
+def as_test(command: Command) -> Command:
+    """`table --table X` as `test --evaluation.table X`."""
+    options = [(f"evaluation.{k}" if k.partition(".")[0] == "table" else k, v) for k, v in command.options]
+    command.name, command.options = "test", [("evaluation.table", "DDIMTable"), *options]
+    return command
+
+
+def check_seeds(tree: Mapping[str, Any]) -> None:
+    """Raises ValueError if a seed is out of range, or one is given that `seed_everything` would override."""
+    seed = tree[SEED]
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"{SEED}={seed} must be within [0, {2**32 - 1}]")
+    for section in ("model", "data"):
+        part = tree.get(section) or {}
+        given = part.get("init_args", {}).get("seed", seed)
+        if given not in (seed, signature(import_part(part["class_path"])).defaults.get("seed")):
+            raise ValueError(f"{section}.seed={given} would be overridden; give --{SEED} {given}")
 
 
 def require_devices(trainer: Namespace) -> None:
@@ -188,55 +223,32 @@ def require_devices(trainer: Namespace) -> None:
     apple = trainer.accelerator == "auto" and gpus == 0 and torch.backends.mps.is_available()
     if apple or trainer.accelerator == "mps":
         raise ValueError(
-            f"trainer.accelerator={trainer.accelerator}: Apple's GPUs lack the float64 that the process needs; "
-            "use GPUS=0, or --trainer.accelerator cpu"
+            f"trainer.accelerator={trainer.accelerator}: Apple's GPUs have no float64, which the process needs; "
+            "use --trainer.accelerator cpu"
         )
     if trainer.accelerator not in ("gpu", "cuda"):
         return
     wanted = str(trainer.devices)
     if gpus == 0 or (wanted.isdigit() and int(wanted) > gpus):
+        remedy = f"use --trainer.devices {gpus}" if gpus else "use --trainer.accelerator cpu"
         raise ValueError(
             f"trainer.devices={wanted} with accelerator={trainer.accelerator}, but this machine has {gpus} GPUs; "
-            f"use GPUS={gpus}" + ("" if gpus else ", which trains on the CPU")
+            f"{remedy}"
         )
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line; what a user got wrong ends in one line and exit code 2.
-
-    A run that is stopped by SIGTERM or SIGUSR1 ends in one line and exit code 75: it can go on.
-
-    Set DIFFUSION_LIT_TRACEBACK=1 to see the traceback instead.
-    """
-    given = sys.argv[1:] if args is None else list(args)
-    for arg in given:
-        try:
-            arg.encode()
-        except UnicodeEncodeError:
-            name = arg.encode(errors="backslashreplace").decode()
-            fail(f"{name} is not UTF-8, as configurations are; rename it, or give a link to it")
-    tool = TOOLS.get(given[0]) if given else None
+def run(args: Sequence[str]) -> None:
+    """Runs a command; see `main`."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        # Advertisements would bury what a run says.
+        # Advertisements.
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
     # Lightning 2.6 under torch 2.15, and a layout that costs nothing here.
     for message in (".*isinstance\\(treespec, LeafSpec\\).*", "Grad strides do not match bucket view strides"):
         warnings.filterwarnings("ignore", message=message)
     try:
-        if tool is None:
-            CLI(given)
-        else:
-            import_module(tool).main(given[1:])
+        with outlive_terminal() if args[:1] == ["fit"] else nullcontext():
+            CLI(args)
     except Stopped as end:
         if end.code:
             sys.stderr.write(f"diffusion_lit: {end}\n")
         raise
-    except USER_ERRORS as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        cause = innermost(error)
-        if lost_another(cause):
-            reason = " ".join(str(cause).split())
-            fail(f"another process has failed or does not answer, see its own error ({reason[:200]})")
-        kind = f"{type(cause).__name__}: " if type(cause) in (TypeError, RuntimeError) else ""
-        fail(kind + " ".join(str(cause).split()))

@@ -1,4 +1,4 @@
-"""Memory that does not suffice: fewer images at once."""
+"""Work on images that falls back to fewer images at once when memory runs out."""
 
 import warnings
 from collections.abc import Callable
@@ -11,25 +11,25 @@ from diffusion_lit.types import StepFn
 T = TypeVar("T")
 
 
-def in_memory(work: Callable[[slice, int, int], T], count: int, at_once: int, what: str) -> tuple[list[T], int]:
-    """Does something with images, out of memory with half as many at once, a quarter and so on.
+def in_memory(work: Callable[[slice, int, int], T], count: int, at_once: int, activity: str) -> tuple[list[T], int]:
+    """Works on images in parts; out of memory, with half as many images at once, a quarter and so on.
 
-    What was done of them before memory ran out is done again.
+    What was done before memory ran out is done again.
 
     Args:
-        work: Given which images, the how manyth part that is, from 0, and of how many parts.
-        count: Of images; of none there is one part.
-        at_once: How many to begin with.
-        what: Is done, for the warning.
+        work: Called as work(images, part, num_parts) with a slice of the images and the number of the part, from 0.
+        count: Number of images; of none there is one part.
+        at_once: Images per part to begin with.
+        activity: Named in the warning.
 
     Returns:
-        What `work` returned for each part, and how many images at once memory sufficed for.
+        What `work` returned for each part, and the number of images at once that memory sufficed for.
 
     Raises:
         torch.OutOfMemoryError: If memory does not suffice for a single image.
     """
     while True:
-        # Not inside the except clause: there the failed attempt's tensors are still held by its traceback.
+        # Not inside the except clause: there the traceback still holds the tensors of the failed attempt.
         try:
             starts = range(0, max(count, 1), max(at_once, 1))
             parts = [
@@ -40,16 +40,16 @@ def in_memory(work: Callable[[slice, int, int], T], count: int, at_once: int, wh
             if min(at_once, count) <= 1:
                 raise
         at_once = -(-min(at_once, count) // 2)
-        warnings.warn(f"out of memory {what}: going on with {at_once} images at once", stacklevel=3)
+        warnings.warn(f"out of memory {activity}: continuing with {at_once} images at once", stacklevel=3)
         torch.cuda.empty_cache()
 
 
-def as_of_whole(on_step: StepFn | None, part: int, parts: int) -> StepFn | None:
-    """Tells of the steps of one part as those of the whole.
+def shift_steps(on_step: StepFn | None, part: int, num_parts: int) -> StepFn | None:
+    """Reports the steps of one part as steps of the whole.
 
     Args:
-        on_step: Told of every step done.
-        part: The how manyth, from 0.
-        parts: How many there are.
+        on_step: Called with (steps done, steps in all).
+        part: Number of the part, from 0.
+        num_parts: How many parts there are.
     """
-    return None if on_step is None else lambda done, total: on_step(part * total + done, parts * total)
+    return None if on_step is None else lambda done, total: on_step(part * total + done, num_parts * total)

@@ -1,4 +1,4 @@
-"""How weights are updated: optimiser and learning rate as the configuration makes them."""
+"""The optimiser and the learning-rate schedule that a configuration asks for."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,32 +13,32 @@ def optimization(
     parameters: Iterable[Parameter],
     make_optimizer: Callable[[Iterable[Parameter]], Optimizer],
     make_lr_scheduler: Callable[[Optimizer], LRScheduler] | None,
-) -> Any:
-    """What `configure_optimizers` returns: an optimiser, its learning rate scheduled by optimiser steps.
+) -> dict[str, Any]:
+    """An optimiser, with its learning rate scheduled by steps, in the form that `configure_optimizers` returns.
 
     Raises:
         ValueError: That names the key, if torch refuses a setting.
     """
-    optimizer: Any = named("optimizer", lambda: make_optimizer(parameters))
+    optimizer: Any = named_errors("optimizer", lambda: make_optimizer(parameters))
     optimizer.register_load_state_dict_post_hook(keep_layout)
     if make_lr_scheduler is None:
-        return optimizer
-    scheduler = named("lr_scheduler", lambda: make_lr_scheduler(optimizer))
+        return {"optimizer": optimizer}
+    scheduler = named_errors("lr_scheduler", lambda: make_lr_scheduler(optimizer))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def named(key: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns; an error of its begins with the key."""
+def named_errors(key: str, make: Callable[[], Any]) -> Any:
+    """Returns what `make` returns; its errors begin with the key."""
     try:
         return make()
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"model.init_args.{key}: {error}") from error
+        raise ValueError(f"model.{key}: {error}") from error
 
 
 def keep_layout(optimizer: Optimizer) -> None:
-    """Lays an optimiser's state out as its parameters are: fused kernels take for granted that both are alike.
+    """Gives an optimiser's state the memory layout of its parameters, which fused kernels expect.
 
-    A checkpoint may be from a run with another memory layout.
+    A checkpoint may come from a run with another memory layout.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

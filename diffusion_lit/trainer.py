@@ -1,36 +1,43 @@
-"""The Trainer behind the command line: what fit, validate, test, predict and table take and check."""
+"""The Trainer behind the command line: what fit, validate, test and predict take and check."""
 
 import os
-from datetime import timedelta
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
-from lightning.pytorch.plugins import _PLUGIN_INPUT, CheckpointIO
+import torch
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from diffusion_lit.callbacks.checkpoints import (
+from diffusion_lit.callbacks.checkpoints import save
+from diffusion_lit.callbacks.image_writer import ImageWriter
+from diffusion_lit.callbacks.progress import ProgressBar
+from diffusion_lit.callbacks.signals import StopSignals
+from diffusion_lit.checkpoint import (
+    AVERAGED,
+    LAST,
     WholeFiles,
     has_run,
     last_checkpoint,
     newest_checkpoint,
     read_checkpoint,
-    save,
+    run_of,
     tidy,
 )
-from diffusion_lit.callbacks.image_writer import ImageWriter
-from diffusion_lit.callbacks.progress import ProgressBar
-from diffusion_lit.callbacks.signals import StopSignals
-from diffusion_lit.evaluation import Evaluation, Likelihood
-from diffusion_lit.evaluation.tables import DDIMTable, Table, Tabulator
 from diffusion_lit.execution import Execution
-from diffusion_lit.generation import Request, Requests, asked_labels, check_seed
-from diffusion_lit.loggers import curves_of
-from diffusion_lit.module import AVERAGED, DiffusionModule
+from diffusion_lit.generator import Generator, Request, Requests, parse_labels
+from diffusion_lit.lightning import PluginInput, disable_sigterm_broadcast, set_process_timeout, set_signal_connector
+from diffusion_lit.locks import locked
+from diffusion_lit.loggers import bind_loggers, resume_loggers
+from diffusion_lit.system import System
 
-LAST = "last"
+BATCH = 64
+LOCK_PATIENCE = 60.0
+"""Seconds that a run waits for another one in its directory, which may be ending."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -40,12 +47,13 @@ class Trainer(L.Trainer):
     A run is its directory, `default_root_dir`.
 
     Args:
-        plugins: Lightning's; a checkpoint plugin takes the place of ours.
-        process_timeout: Seconds after which a process gives up waiting for another, of several; more than the longest
-            that one may be busy alone, such as drawing a grid of samples.
+        plugins: Lightning's; a checkpoint plugin replaces ours.
+        gradient_clip_val: Largest global norm of the gradients of one optimiser; null or 0: no limit.
+        process_timeout: Seconds after which one of several processes gives up waiting for another; more than the
+            longest that one may be busy alone, such as drawing a grid of samples.
         channels_last: Whether the network's convolutions have their channels last in memory, as tensor cores want.
         compile: "inductor", or another backend of torch.compile, to compile the network for each batch size at its
-            first use, which takes minutes; null: it runs as it is.
+            first use, which takes minutes; null: it is not compiled.
         cuda_graphs: Whether sampling with a compiled network replays CUDA graphs; on a CPU it changes nothing.
 
     Raises:
@@ -56,7 +64,8 @@ class Trainer(L.Trainer):
     def __init__(
         self,
         *args: Any,
-        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
+        plugins: PluginInput | list[PluginInput] | None = None,
+        gradient_clip_val: float | None = 1.0,
         process_timeout: float = 1800.0,
         channels_last: bool = False,
         compile: str | None = None,
@@ -76,29 +85,32 @@ class Trainer(L.Trainer):
             given = [*given, WholeFiles()]
         if kwargs.get("enable_progress_bar") is False and isinstance(kwargs.get("callbacks"), list):
             kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
+        if gradient_clip_val is not None and not gradient_clip_val >= 0:
+            raise ValueError(
+                f"trainer.gradient_clip_val={gradient_clip_val} must be at least 0; 0 or null to clip nothing"
+            )
+        self.clip_norm = gradient_clip_val
+        """Read by `System`, which clips, with one optimiser and with several; Lightning is not told."""
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
+        bind_loggers(self)
         if not self.accumulate_grad_batches or self.accumulate_grad_batches < 1:
             raise ValueError(f"trainer.accumulate_grad_batches={self.accumulate_grad_batches} must be at least 1")
-        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
-            raise ValueError(
-                f"trainer.gradient_clip_val={self.gradient_clip_val} must be at least 0; 0 or null to clip nothing"
-            )
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision={self.precision}: weights and noise are float32 here; use {', '.join(PRECISIONS)}"
             )
-        if hasattr(self.strategy, "_timeout"):
-            self.strategy._timeout = timedelta(seconds=process_timeout)
-        self._signal_connector = StopSignals(self)
-        # Lightning's way to agree, once a batch; `Checkpoints` agrees once a step.
-        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        set_process_timeout(self, process_timeout)
+        set_signal_connector(self, StopSignals(self))
+        # `Checkpoints` agrees on signals once a step.
+        disable_sigterm_broadcast(self)
 
     def fit(  # type: ignore[override]
         self,
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | None = None,
+        init_from: str | None = None,
     ) -> None:
         """Trains a model.
 
@@ -106,41 +118,60 @@ class Trainer(L.Trainer):
             model: The model.
             datamodule: The data.
             ckpt_path: A checkpoint to continue from, or "last": the run's own newest that is whole, if it has one.
+            init_from: A checkpoint whose averaged weights a new run starts from; optimiser, data and steps are new. A
+                class embedding for another number of classes starts at random.
 
         Raises:
-            ValueError: If the run directory cannot be written to, or holds a run that would be overwritten; or if the
-                checkpoint is damaged.
-            FileNotFoundError: If the checkpoint is not there.
+            ValueError: If the run directory cannot be written to, is in use, or holds a run that would be overwritten;
+                or if a checkpoint is damaged, does not fit or has no steps left.
+            FileNotFoundError: If a checkpoint is not there.
         """
+        if isinstance(model, System):
+            model.check_training(self)
         run_dir = Path(self.default_root_dir)
-        step: int = 0
-        rows: int | None = 0
-        may_begin = ckpt_path == LAST
-        found = newest_checkpoint(run_dir) if may_begin else None
-        if found is not None:
-            ckpt_path, checkpoint = str(found[0]), found[1]
-            rank_zero_info(f"continuing from {ckpt_path}")
-        elif ckpt_path == LAST:
-            ckpt_path = None
-            rank_zero_info(f"{last_checkpoint(run_dir)} is not there: starting anew")
-        elif ckpt_path is not None:
-            checkpoint = read_checkpoint(ckpt_path)
-        if ckpt_path is not None:
-            step, rows = checkpoint.get("global_step", 0), checkpoint.get("curves")
-            del checkpoint
         if self.is_global_zero:
             require_writable(run_dir)
-            if ckpt_path is None and not may_begin and has_run(run_dir):
-                raise ValueError(
-                    f"{run_dir} holds a run already: continue it with --ckpt_path last, or choose another directory "
-                    "with --trainer.default_root_dir"
-                )
-            tidy(run_dir, None if found is None else found[0])
-        curves = curves_of(self)
-        if curves is not None:
-            curves.go_on(step, rows)
-        del found
-        super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        with locked(run_dir / ".lock", "trains", LOCK_PATIENCE) if self.is_global_zero else nullcontext():
+            start = self._find_start(run_dir, ckpt_path)
+            if start is not None:
+                ckpt_path = str(start[0])
+            elif ckpt_path == LAST:
+                ckpt_path = None
+            if self.is_global_zero:
+                tidy(run_dir, None if start is None else start[0])
+            if ckpt_path is None and init_from is not None:
+                initialize(model, init_from)
+            before = {"curves": 0} if start is None else start[1]
+            state = {name: before[name] for name in ("curves", "wandb") if name in before}
+            resume_loggers(self, before.get("global_step", 0), state)
+            del start, before
+            super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+    def _find_start(self, run_dir: Path, ckpt_path: str | None) -> tuple[Path, Mapping[str, Any]] | None:
+        """The checkpoint to continue from and its content, if there is one; see `fit` for the errors."""
+        if ckpt_path == LAST:
+            found = newest_checkpoint(run_dir)
+            rank_zero_info(
+                f"{last_checkpoint(run_dir)} is not there: starting a new run"
+                if found is None
+                else f"continuing from {found[0]}"
+            )
+            return found
+        checkpoint = None if ckpt_path is None else read_checkpoint(ckpt_path)
+        if self.is_global_zero and has_run(run_dir) and (ckpt_path is None or run_of(ckpt_path) != run_dir.resolve()):
+            raise ValueError(
+                f"{run_dir} holds a run already: continue it with --ckpt_path last, or choose another directory with "
+                "--trainer.default_root_dir"
+            )
+        if ckpt_path is None or checkpoint is None:
+            return None
+        step = checkpoint.get("global_step", 0)
+        if 0 <= self.max_steps <= step:
+            raise ValueError(
+                f"{ckpt_path} is of step {step}, and trainer.max_steps={self.max_steps} leaves none to train; raise "
+                "--trainer.max_steps, or start a new run from its weights with --init_from"
+            )
+        return Path(ckpt_path), checkpoint
 
     def validate(  # type: ignore[override]
         self,
@@ -157,8 +188,8 @@ class Trainer(L.Trainer):
             ckpt_path: The checkpoint to look at.
             weights: "averaged", "raw", or the decay of a further average.
         """
-        self._choose(model, ckpt_path, weights)
-        return super().validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        with held_weights(model, ckpt_path, weights):
+            return super().validate(model, datamodule=datamodule)
 
     def test(  # type: ignore[override]
         self,
@@ -167,7 +198,7 @@ class Trainer(L.Trainer):
         ckpt_path: str | None = None,
         weights: str = AVERAGED,
     ) -> Any:
-        """Computes the loss over the test images and what `evaluation` and `likelihood` ask for.
+        """Computes the loss over the test images and what the sections `evaluation` and `likelihood` ask for.
 
         Args:
             model: The model.
@@ -175,8 +206,8 @@ class Trainer(L.Trainer):
             ckpt_path: The checkpoint to look at.
             weights: "averaged", "raw", or the decay of a further average.
         """
-        self._choose(model, ckpt_path, weights)
-        return super().test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        with held_weights(model, ckpt_path, weights):
+            return super().test(model, datamodule=datamodule)
 
     def predict(  # type: ignore[override]
         self,
@@ -185,14 +216,14 @@ class Trainer(L.Trainer):
         ckpt_path: str | None = None,
         weights: str = AVERAGED,
         num_images: int | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         seed: int = 0,
         out: str | None = None,
         npz: bool = True,
         labels: str | list[int] | None = None,
         per_class: int | None = None,
     ) -> None:
-        """Generates images: PNG files, a grid and an .npz.
+        """Generates images: a folder of PNG files, and a grid and an .npz beside it.
 
         Args:
             model: The model.
@@ -200,7 +231,8 @@ class Trainer(L.Trainer):
             ckpt_path: The checkpoint to draw from.
             weights: "averaged", "raw", or the decay of a further average.
             num_images: How many images; by default as many as labels ask for, else 64.
-            batch_size: Images made at once by each process.
+            batch_size: Images made at once by each process; by default at most 64, as even as the number allows. Images
+                are the same to the bit at one batch size, and up to rounding at others.
             seed: Image i depends on the seed and i alone.
             out: Where to; by default <run>/predictions/<checkpoint>_seed_<seed>, whose earlier images are replaced.
             npz: Whether to write all images as one .npz too.
@@ -211,62 +243,41 @@ class Trainer(L.Trainer):
         Raises:
             ValueError: If a number is out of range, the model has no such class or `out` cannot be written to.
         """
-        self._choose(model, ckpt_path, weights)
-        check_seed("seed", seed)
-        asked = asked_labels(labels, per_class, getattr(model, "num_classes", None))
-        if num_images is None:
-            num_images = 64 if asked is None else len(asked)
-        requests = Requests(num_images, batch_size, asked)
-        source = "" if ckpt_path is None else f"{Path(ckpt_path).stem}_"
-        default = Path(self.default_root_dir) / "predictions" / f"{source}seed_{seed}"
-        directory = Path(out) if out is not None else default
-        if self.is_global_zero:
-            require_writable(directory)
-            make_room(directory, mine=out is None)
-        if isinstance(model, DiffusionModule):
-            model.generation_seed = seed
-        writer = ImageWriter(directory, requests, npz, columns=per_class)
-        self.callbacks.append(writer)  # type: ignore[attr-defined]
-        try:
-            super().predict(
-                model, datamodule=Generation(requests), return_predictions=False, ckpt_path=ckpt_path, weights_only=True
-            )
-        finally:
-            self.callbacks.remove(writer)  # type: ignore[attr-defined]
+        with held_weights(model, ckpt_path, weights):
+            requests = self._requests(model, num_images, batch_size, seed, labels, per_class)
+            source = "" if ckpt_path is None else f"{Path(ckpt_path).stem}_"
+            default = Path(self.default_root_dir) / "predictions" / f"{source}seed_{seed}"
+            directory = default if out is None else Path(out)
+            if self.is_global_zero:
+                require_writable(directory)
+                make_room(directory, replace=out is None)
+            writer = ImageWriter(directory, requests, npz, columns=per_class)
+            callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
+            callbacks.append(writer)
+            try:
+                super().predict(model, datamodule=Generation(requests), return_predictions=False)
+            finally:
+                callbacks.remove(writer)
 
-    def table(
+    def _requests(
         self,
         model: L.LightningModule,
-        datamodule: L.LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-        weights: str = AVERAGED,
-        table: Table = DDIMTable(),
-    ) -> None:
-        """Fills a table of scores: <run>/table_<name>.md, .csv and .png. What is done already is not done again.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            ckpt_path: The checkpoint to look at.
-            weights: "averaged", "raw", or the decay of a further average.
-            table: Over what: DDIM's steps and eta (DDIMTable), samplers (SamplerTable), averages (AverageTable) or
-                training steps (StepTable).
-
-        Raises:
-            ValueError: If there is no checkpoint, or nothing to fill the table with.
-        """
-        if ckpt_path is None:
-            raise ValueError("table: give --ckpt_path CHECKPOINT")
-        self._choose(model, ckpt_path, weights)
-        callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
-        [evaluation] = [callback for callback in callbacks if isinstance(callback, Evaluation)]
-        tabulator = Tabulator(evaluation, table, Path(ckpt_path))
-        kept = list(callbacks)
-        callbacks[:] = [c for c in kept if not isinstance(c, Evaluation | Likelihood)] + [tabulator]
-        try:
-            super().test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True, verbose=False)
-        finally:
-            callbacks[:] = kept
+        num_images: int | None,
+        batch_size: int | None,
+        seed: int,
+        labels: str | list[int] | None,
+        per_class: int | None,
+    ) -> Requests:
+        num_classes = model.num_classes if isinstance(model, Generator) else None
+        names = (model.class_names or ()) if isinstance(model, Generator) else ()
+        asked = parse_labels(labels, per_class, num_classes, names)
+        conditions = {} if asked is None else {"label": torch.tensor(asked)}
+        if num_images is None:
+            num_images = BATCH if asked is None else len(asked)
+        if batch_size is None:
+            num_batches = -(-num_images // BATCH) or 1
+            batch_size = max(-(-num_images // num_batches), 1)
+        return Requests(num_images, batch_size, conditions, seed)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
@@ -281,15 +292,37 @@ class Trainer(L.Trainer):
         if self.state.status != TrainerStatus.RUNNING or storage_options is not None:
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
-        problem = save(self, os.fspath(filepath), weights_only)
+        problem = save(self, os.fspath(filepath), bool(weights_only))
         if problem is not None:
-            rank_zero_warn(f"{problem}; training goes on")
+            rank_zero_warn(f"{problem}; training continues")
 
-    def _choose(self, model: L.LightningModule, ckpt_path: str | None, weights: str) -> None:
+
+def initialize(model: L.LightningModule, path: str) -> None:
+    """Gives a new run the averaged weights of a checkpoint; see `Weighted.initialize`."""
+    if not isinstance(model, System):
+        raise ValueError(f"init_from: a {type(model).__name__} is no System")
+    fresh = model.initialize(read_checkpoint(path))
+    rank_zero_info(f"starting from the weights of {path}" + (f"; at random: {', '.join(fresh)}" if fresh else ""))
+
+
+@contextmanager
+def held_weights(model: L.LightningModule, ckpt_path: str | None, weights: str) -> Iterator[None]:
+    """Gives a model one set of weights: those of a checkpoint, for good, or its own, inside this context.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, does not fit the model, or there are no such weights.
+    """
+    if isinstance(model, System):
         if ckpt_path is not None:
-            read_checkpoint(ckpt_path)
-        if isinstance(model, DiffusionModule):
-            model.load_weights = weights
+            checkpoint: Mapping[str, Any] = read_checkpoint(ckpt_path)
+            model.load(checkpoint, weights, ckpt_path)
+        with model.only_weights(weights) if ckpt_path is None else nullcontext():
+            yield
+    elif ckpt_path is None:
+        yield
+    else:
+        raise ValueError(f"a {type(model).__name__} is no System, whose weights can be chosen from a checkpoint")
 
 
 class Generation(L.LightningDataModule):
@@ -308,18 +341,18 @@ class Generation(L.LightningDataModule):
         return self.requests.loader(trainer.global_rank, trainer.world_size)
 
 
-def make_room(directory: Path, mine: bool) -> None:
-    """Sees to it that images of two predictions never mix.
+def make_room(directory: Path, replace: bool) -> None:
+    """Keeps images of two predictions apart.
 
     Args:
-        directory: Where images are to go.
-        mine: Whether images there may be removed; else they are an error.
+        directory: Where images are written.
+        replace: Whether images there may be removed; else they are an error.
 
     Raises:
         ValueError: If there are images that may not be removed.
     """
     there = sorted(directory.glob("[0-9]" * 6 + ".png"))
-    if there and not mine:
+    if there and not replace:
         raise ValueError(f"{directory} holds {len(there)} images already; choose another directory with --out")
     for path in there:
         path.unlink()

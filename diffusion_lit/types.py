@@ -1,38 +1,47 @@
-"""The few types that every floor shares."""
+"""Types that the whole package shares."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NotRequired, TypeAlias, TypedDict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Batch(TypedDict):
-    """What a data module yields.
+    """A batch of examples.
 
     Attributes:
-        image: (B, C, H, W); uint8 as read, float in [-1, 1] once it is on the device.
+        image: Images, (B, C, H, W); uint8 from the data set, float in [-1, 1] on the device.
         label: Class indices, int64, (B,).
-        flip: Which images to mirror, bool, (B,); present in training batches only.
+        tokens: Token indices or embeddings of a text, (B, ...).
+        map: Spatial condition such as a segmentation map, (B, ..., H, W).
+        low_res: Low-resolution images, (B, C, h, w).
+        mask: Mask of the known pixels, (B, 1, H, W).
+        flip: Images to mirror, bool, (B,); in training batches only.
     """
 
     image: Tensor
     label: NotRequired[Tensor]
+    tokens: NotRequired[Tensor]
+    map: NotRequired[Tensor]
+    low_res: NotRequired[Tensor]
+    mask: NotRequired[Tensor]
     flip: NotRequired[Tensor]
 
 
 Condition: TypeAlias = Mapping[str, Tensor]
-"""What a network is told beside x_t and the time, by name: {"label": int64 (B,)}. Empty: unconditional."""
+"""Further inputs of a network, by name: {"label": int64 (B,)}. Empty: unconditional."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says of x_t, in the two canonical views: x_t = alpha x0 + sigma eps.
+    """Output of a denoiser: x0 and eps with x_t = alpha x0 + sigma eps.
 
     Attributes:
-        x0: Predicted clean data, (B, C, H, W), in [-1, 1] up to the network's error.
-        eps: Predicted noise, (B, C, H, W).
-        extra: The channels that the network put out beyond the first C, (B, ..., H, W), None for most; raw.
+        x0: Predicted clean data, (B, ...), in [-1, 1] up to the error of the network.
+        eps: Predicted noise, in the shape of x0.
+        extra: Channels of the network's output beyond those of x_t, (B, C', ...), unprocessed; None: there are none.
     """
 
     x0: Tensor
@@ -41,7 +50,50 @@ class Prediction:
 
 
 DenoiseFn: TypeAlias = Callable[[Tensor, Tensor], Prediction]
-"""(x_t, t) -> Prediction: a denoiser with its condition, and its guidance if any, already bound."""
+"""(x_t, t) -> Prediction: a denoiser to which the condition, and the guidance if any, are bound."""
 
 StepFn: TypeAlias = Callable[[int, int], None]
-"""(steps done, steps in all): called after every step, which is one network evaluation or two, for progress bars."""
+"""Called as on_step(done, total) after every step of a sampler, for progress bars."""
+
+
+class Network(nn.Module, ABC):
+    """A network that predicts from noisy images and their time: the base class of what a model can have as `network`.
+
+    Attributes:
+        image_size: Height and width of the images.
+        in_channels: Channels of the images.
+    """
+
+    image_size: int
+    in_channels: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
+        """Maps noisy images to the network's output.
+
+        Args:
+            x: (B, in_channels, image_size, image_size).
+            time: (B,), float32, as the parameterization gives it; for a chain in steps, from 0.
+            condition: Entries such as `label`, by name; None: unconditional.
+
+        Returns:
+            (B, C, image_size, image_size); the first in_channels channels are the prediction.
+        """
+
+
+class TimeDependentClassifier(nn.Module, ABC):
+    """A classifier of noisy images: the base class of what classifier guidance can use.
+
+    Attributes:
+        image_size: Height and width of the images.
+        in_channels: Channels of the images.
+        num_classes: Number of classes.
+    """
+
+    image_size: int
+    in_channels: int
+    num_classes: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Maps noisy images, (B, in_channels, image_size, image_size), and times, (B,), to logits, (B, num_classes)."""

@@ -1,4 +1,4 @@
-"""What tests share. Threads are set before torch is imported: a forked process hangs where its parent used OpenMP."""
+"""What tests share. The environment is set before torch is imported, and child processes inherit it."""
 
 import os
 
@@ -7,12 +7,30 @@ os.environ["WANDB_MODE"] = "disabled"
 # LightningCLI 2.6 calls what jsonargparse 4.5x deprecates.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
+
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Names of files that are not UTF-8 may stand in the output of a test, and xdist's workers send it as UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> Iterator[None]:
+    """Ends before the coverage of lines is added up."""
+    yield
+    forked.end_server()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What goes wrong in a process of a test's own, for a configuration to name."""
+"""Failures and hangs of one process, for configurations to name."""
 
 import time
 
@@ -6,11 +6,11 @@ import lightning.pytorch as L
 
 
 class FailsAt(L.Callback):
-    """Raises, or never comes back, in one process at the end of a step.
+    """Raises, or never returns, in one process at the end of a training step or of sampling.
 
     Args:
-        rank: Of the process.
-        step: Optimiser steps done by then.
+        rank: The process.
+        step: Optimizer steps done by then.
         hangs: Whether it hangs instead.
     """
 
@@ -21,12 +21,13 @@ class FailsAt(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         if trainer.global_rank == self.rank and trainer.global_step == self.step:
-            if self.hangs:
-                time.sleep(3600)
-            raise ValueError(f"on purpose in process {self.rank}")
+            self._fail()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_rank == self.rank:
-            if self.hangs:
-                time.sleep(3600)
-            raise ValueError(f"on purpose in process {self.rank}")
+            self._fail()
+
+    def _fail(self) -> None:
+        if self.hangs:
+            time.sleep(3600)
+        raise ValueError(f"on purpose in process {self.rank}")

@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from diffusion_lit import cli
@@ -13,20 +12,19 @@ from diffusion_lit.diffusion import DDIM, Ancestral, FixedLarge, FixedSmall
 from diffusion_lit.execution import Execution
 from diffusion_lit.networks import NoisyClassifier
 from diffusion_lit.networks.layers import ResBlock
+from diffusion_lit.recipes import layers, read_file, recipes
 from diffusion_lit.trainer import Trainer
+from diffusion_lit.upgrade import FORMAT
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = recipes()
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
-CLASSIFIERS = sorted(f"guidance/{path.stem}" for path in CONFIGS.glob("guidance/*_classifier.yaml"))
+CLASSIFIERS = sorted(
+    f"{path.parent.stem}/{path.stem}"
+    for name in ("guidance/*_classifier", "features/*")
+    for path in CONFIGS.glob(f"{name}.yaml")
+)
 # What each of the other recipes in configs/guidance/ guides.
 GUIDED = {"digits": "digits", **{f"imagenet{size}": f"adm_imagenet{size}" for size in (64, 128, 256)}}
-
-
-class OnlyParts(cli.CLI):
-    """Parses and instantiates as `fit` does, and stops there."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
 
 
 def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +33,9 @@ def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
 
 
-def instantiate(recipe: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> OnlyParts:
+def instantiate(recipe: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> cli.CLI:
     without_weights(monkeypatch)
-    args = ["fit", "-c", str(CONFIGS / "base.yaml"), "-c", str(CONFIGS / f"{recipe}.yaml")]
-    return OnlyParts([*args, "--trainer.accelerator", "cpu", "--trainer.devices", "1", *more])
+    return cli.CLI.parts(["fit", "-c", recipe, "--trainer.accelerator", "cpu", "--trainer.devices", "1", *more])
 
 
 def test_there_is_a_recipe_for_everything_promised() -> None:
@@ -57,11 +54,10 @@ def test_every_recipe_instantiates_without_touching_data(recipe: str, monkeypatc
 
 
 def test_the_switches_for_a_gpu_stand_on_top_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = instantiate("cifar10", monkeypatch, "-c", str(CONFIGS / "gpu" / "cifar10.yaml"))
+    made = instantiate("cifar10", monkeypatch, "-c", "gpu/cifar10")
     plain = instantiate("cifar10", monkeypatch)
     assert made.trainer.precision == "bf16-mixed"
     assert cast(Trainer, made.trainer).execution == Execution(channels_last=True, compile="inductor", cuda_graphs=True)
-    assert made.datamodule.on_device
     assert made.model.max_skipped_steps is None
     optimizers = [m.model.make_optimizer([nn.Parameter(torch.zeros(1))]) for m in (made, plain)]
     assert [optimizer.defaults.pop("fused") for optimizer in optimizers] == [True, None]
@@ -70,7 +66,7 @@ def test_the_switches_for_a_gpu_stand_on_top_of_a_recipe(monkeypatch: pytest.Mon
     assert made.datamodule.batch_size == plain.datamodule.batch_size
 
 
-def callbacks_of(made: OnlyParts) -> list[Any]:
+def callbacks_of(made: cli.CLI) -> list[Any]:
     return list(made.trainer.callbacks)  # type: ignore[attr-defined]
 
 
@@ -101,11 +97,11 @@ PAPER = {
 def test_a_paper_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, batch, rate, steps, dropout, flip = PAPER[recipe]
     made = instantiate(recipe, monkeypatch)
-    model, data, trainer = made.model, made.datamodule, made.trainer
+    model, data, trainer = made.model, made.datamodule, cast(Trainer, made.trainer)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert rates(model, [4999, 6000]) == pytest.approx([rate, rate])
     assert (data.batch_size, data.flip, trainer.max_steps) == (batch, flip, steps)
-    assert trainer.gradient_clip_val == 1.0
+    assert trainer.clip_norm == 1.0
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} <= {dropout}
     assert sum(isinstance(m, ResBlock) for m in model.modules()) == (2 + 3) * (4 if recipe == "cifar10" else 6) + 2
     [ema] = [c for c in callbacks_of(made) if type(c).__name__ == "EMA"]
@@ -131,11 +127,11 @@ PAPER_CLASSIFIERS = {
 def test_a_classifier_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, batch, rate, decay, steps = PAPER_CLASSIFIERS[recipe]
     made = instantiate(f"guidance/{recipe}_classifier", monkeypatch)
-    model, data, trainer = made.model, made.datamodule, made.trainer
+    model, data, trainer = made.model, made.datamodule, cast(Trainer, made.trainer)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.network.num_classes == 1000
     assert (data.batch_size, data.flip, trainer.max_steps) == (batch, True, steps)
-    assert not trainer.gradient_clip_val
+    assert not trainer.clip_norm
     optimizer = model.make_optimizer([nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["weight_decay"] == decay
@@ -153,26 +149,30 @@ def test_a_classifier_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeyp
 def test_a_sampling_recipe_guides_its_model_by_the_classifier_of_its_training_recipe(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overlay = yaml.safe_load((CONFIGS / "guidance" / f"{recipe}.yaml").read_text())
-    wanted = overlay["model"]["init_args"]["guidance"]["init_args"]
-    training = yaml.safe_load((CONFIGS / "guidance" / f"{recipe}_classifier.yaml").read_text())
-    assert wanted["checkpoint"] == f"{training['trainer']['default_root_dir']}/checkpoints/last.ckpt"
+    wanted = read_file(CONFIGS / "guidance" / f"{recipe}.yaml")["model"]["guidance"]
     # As `fit` would have left it, but for fewer channels: at full width it would take a quarter of a gigabyte.
+    small = [f"--model.network.{name}=4" for name in ("width", "num_groups", "head_channels")]
+    command = cli.parse(["fit", "-c", f"guidance/{recipe}_classifier", *small], ["fit"])
+    training = cli.merged(command, cli.command_slots("fit"))
+    assert wanted["checkpoint"] == f"{training['trainer']['default_root_dir']}/checkpoints/last.ckpt"
     config = training["model"]
-    network = {**config["init_args"]["network"]["init_args"], "width": 4, "num_groups": 4, "head_channels": 4}
-    config["init_args"]["network"]["init_args"] = network
+    network = config["init_args"]["network"]["init_args"]
     place = Path.cwd() / wanted["checkpoint"]
     place.parent.mkdir(parents=True)
     state = NoisyClassifier(**network).state_dict()
-    torch.save({"state_dict": {f"network.{k}": v for k, v in state.items()}, "config": {"model": config}}, place)
-    files = ("base.yaml", f"{GUIDED[recipe]}.yaml", f"guidance/{recipe}.yaml")
+    content = {
+        "state_dict": {f"network.{k}": v for k, v in state.items()},
+        "config": {"model": config},
+        "format": FORMAT,
+    }
+    torch.save(content, place)
     without_weights(monkeypatch)
-    args = [word for file in files for word in ("-c", str(CONFIGS / file))]
-    made = OnlyParts(["predict", *args, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
+    args = ["predict", "-c", GUIDED[recipe], "-c", f"guidance/{recipe}"]
+    made = cli.CLI.parts([*args, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
     guidance = made.model.guidance
     assert guidance.scale == {"digits": 2.0, "imagenet64": 1.0, "imagenet128": 0.5, "imagenet256": 1.0}[recipe]
     assert made.model.num_classes == network["num_classes"]
-    guidance.check(made.model.denoiser)
+    guidance.check(made.model.denoiser, made.model.conditioner)
     if recipe.startswith("imagenet"):
         assert type(made.model.sampler) is Ancestral
         assert len(made.model.sampler.times(made.model.process)) == 251
@@ -198,24 +198,37 @@ def test_the_digits_recipe_anneals_over_the_steps_that_it_makes(monkeypatch: pyt
     assert end < start / 1000
 
 
-def test_overlays_hold_only_what_differs_from_the_base() -> None:
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_short_and_says_only_what_differs_from_what_it_includes(path: Path) -> None:
     def leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
         if not isinstance(tree, dict):
             return {path: tree}
         return {k: v for key, value in tree.items() for k, v in leaves(value, (*path, key)).items()}
 
-    base = leaves(yaml.safe_load((CONFIGS / "base.yaml").read_text()))
-    for recipe in [*RECIPES, *CLASSIFIERS]:
-        overlay = leaves(yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text()))
-        assert not [key for key, value in overlay.items() if base.get(key, object()) == value], recipe
+    text = path.read_text()
+    assert "init_args" not in text
+    assert "diffusion_lit." not in text
+    assert text.startswith("# ")
+    *below, own = layers(str(path))
+    included: dict[tuple[str, ...], Any] = {}
+    for layer in below:
+        included |= leaves(layer.tree)
+    chosen = {key[:-1] for key in leaves(own.tree) if key[-1:] == ("class_path",)}
+    repeated = [
+        key
+        for key, value in leaves(own.tree).items()
+        if included.get(key, object()) == value and not any(key[: len(c)] == c for c in chosen)
+    ]
+    assert repeated == []
+
+
+def test_all_recipes_together_are_at_most_500_lines() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in CONFIGS.rglob("*.yaml")) <= 500
 
 
 def test_while_training_a_score_uses_fewer_images_than_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate("cifar10", monkeypatch)
-    [frechet] = [c for c in callbacks_of(made) if type(c).__name__ == "Frechet"]
     [evaluation] = [c for c in callbacks_of(made) if type(c).__name__ == "Evaluation"]
-    assert (frechet.requests.num_images, evaluation.requests.num_images) == (10_000, 50_000)
-    assert isinstance(frechet.sampler, DDIM)
+    assert (evaluation.training_requests.num_images, evaluation.requests.num_images) == (10_000, 50_000)
+    assert isinstance(evaluation.training_sampler, DDIM)
     assert evaluation.sampler is None
-    assert type(evaluation.extractor) is type(frechet.extractor)
-    assert frechet.name == "fid"

@@ -24,7 +24,7 @@ SEED = int(os.environ.get("DIFFUSION_LIT_SEED", "0"))
 PARTS = 8
 MANY = int(os.environ.get("DIFFUSION_LIT_FUZZ", "2000"))
 D = "diffusion_lit.diffusion."
-M = "model.init_args."
+M = "model."
 
 
 def part(name: str, **arguments: Any) -> st.SearchStrategy[Any]:
@@ -71,41 +71,39 @@ rate = st.one_of(
 )
 numbers = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8]), max_size=4)
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
-    M + "network.init_args.width": st.sampled_from([-8, 0, 1, 8, 12, 16, 24]),
-    M + "network.init_args.image_size": st.sampled_from([0, 4, 8, 16]),
-    M + "network.init_args.in_channels": st.sampled_from([-1, 0, 1, 3]),
-    M + "network.init_args.out_channels": st.sampled_from([None, 0, 1, 2, 3]),
-    M + "network.init_args.multipliers": numbers,
-    M + "network.init_args.attention": numbers,
-    M + "network.init_args.num_blocks": st.sampled_from([-1, 0, 1, 2]),
-    M + "network.init_args.num_groups": st.sampled_from([-1, 0, 1, 3, 8]),
-    M + "network.init_args.num_heads": st.sampled_from([-1, 0, 1, 2, 3]),
-    M + "network.init_args.dropout": real,
-    M + "process.init_args.num_steps": st.sampled_from([-1, 0, 1, 2, 3, 10, 100, 1000]),
-    M + "process.init_args.network_steps": st.sampled_from([-1, 0, 1, 10, 1000, None]),
-    M + "process.init_args.schedule": schedule,
+    M + "network.width": st.sampled_from([-8, 0, 1, 8, 12, 16, 24]),
+    M + "network.image_size": st.sampled_from([0, 4, 8, 16]),
+    M + "network.in_channels": st.sampled_from([-1, 0, 1, 3]),
+    M + "network.out_channels": st.sampled_from([None, 0, 1, 2, 3]),
+    M + "network.multipliers": numbers,
+    M + "network.attention": numbers,
+    M + "network.num_blocks": st.sampled_from([-1, 0, 1, 2]),
+    M + "network.num_groups": st.sampled_from([-1, 0, 1, 3, 8]),
+    M + "network.num_heads": st.sampled_from([-1, 0, 1, 2, 3]),
+    M + "network.dropout": real,
+    M + "process.num_steps": st.sampled_from([-1, 0, 1, 2, 3, 10, 100, 1000]),
+    M + "process.network_steps": st.sampled_from([-1, 0, 1, 10, 1000, None]),
+    M + "process.schedule": schedule,
     M + "parameterization": st.one_of(*(part(name) for name in ("Eps", "X0", "V", "PosteriorMean"))),
     M + "objective": st.one_of(
         part("DenoisingLoss", weighting=weighting),
         part("Hybrid", weight=real),
-        part("VariationalBound", history=whole, uniform=real),
+        part("VariationalBound", times=part("LossSecondMoment", history=whole, uniform=real)),
     ),
     M + "sampler": sampler,
     M + "optimizer": optimizer,
     M + "lr_scheduler": rate,
     M + "guidance": st.none() | part("ClassifierFree", scale=real, rescale=real, interval=st.lists(real, max_size=3)),
     M + "max_skipped_steps": st.sampled_from([None, -1, 0, 1, 5]),
-    "data.init_args.batch_size": st.sampled_from([-1, 0, 1, 2, 3, 8, 17]),
-    "data.init_args.num_workers": st.sampled_from([-1, 0]),
-    "data.init_args.flip": st.booleans(),
-    "data.init_args.eval_batch_size": st.sampled_from([-1, 0, 100]),
+    "data.batch_size": st.sampled_from([-1, 0, 1, 2, 3, 8, 17]),
+    "data.num_workers": st.sampled_from([-1, 0]),
+    "data.flip": st.booleans(),
+    "data.eval_batch_size": st.sampled_from([-1, 0, 100]),
     "ema.decays": st.lists(real, max_size=3),
     "ema.warmup": st.booleans(),
-    "frechet.every_n_steps": st.sampled_from([-1, 0, 1, 2, None]),
-    "frechet.num_images": st.sampled_from([-1, 0, 1, 2, 3]),
-    "frechet.batch_size": st.sampled_from([-1, 0, 1, 2]),
-    "frechet.seed": st.sampled_from([-1, 0, 5]),
-    "frechet.sampler": st.none() | sampler,
+    "evaluation.training_num_images": st.sampled_from([-1, 0, 1, 2, 3]),
+    "evaluation.seed": st.sampled_from([-1, 0, 5]),
+    "evaluation.training_sampler": st.none() | sampler,
     "evaluation.every_n_steps": st.sampled_from([-1, 0, 1, 2, None]),
     "evaluation.num_images": st.sampled_from([-1, 0, 1, 4]),
     "evaluation.batch_size": st.sampled_from([-1, 0, 1, 2]),
@@ -186,7 +184,7 @@ def run(options: dict[str, Any]) -> str | None:
     signal.alarm(PATIENCE)
     place = Path(tempfile.mkdtemp())
     said = io.StringIO()
-    rare = ["--sample_grid.batch_size", "2", "--frechet.at_start", "false"]
+    rare = ["--sample_grid.batch_size", "2", "--evaluation.at_start", "false"]
     try:
         (place / "fuzz.yaml").write_text(yaml.safe_dump(nested(options)))
         args = fit_args(place / "run", *QUIET, *rare, "-c", str(place / "fuzz.yaml"), *CPU)
@@ -225,11 +223,11 @@ common = settings(
 
 
 def test_the_fuzzer_tells_good_refusals_from_bad_ones() -> None:
-    options = {"ema.decays": [0.5, 3.0], "frechet.sampler": {"class_path": D + "DDIM", "init_args": {"eta": -1.0}}}
+    options = {"ema.decays": [0.5, 3.0], "evaluation.sampler": {"class_path": D + "DDIM", "init_args": {"eta": -1.0}}}
     for line in ("ema.decays=[0.5, 3.0] must", "decays: 3.0 is", "sampler.eta=-1.0 must", "DDIM: -1.0 is", "set --x.y"):
         assert names_what_is_wrong(options, line)
     good = ("ema.decays=[0.5, 3.0] must", "decays: 3.0 is", "sampler.eta=-1.0 must", "DDIM: -1.0 is", "set --x.y")
-    bad = ("3.0 is too large", "decays must be below 1", "eta=0.5", "expected a number", "frechet.sampler failed")
+    bad = ("3.0 is too large", "decays must be below 1", "eta=0.5", "expected a number", "evaluation.sampler failed")
     assert [line for line in good if not names_what_is_wrong(options, line)] == []
     assert [line for line in bad if names_what_is_wrong(options, line)] == []
 

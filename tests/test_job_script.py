@@ -12,7 +12,8 @@ import pytest
 
 from tests import tiny
 from tests.test_cli import QUIET, fit_args
-from tests.test_signals import quick, wait_for
+from tests.test_lost_processes import RARE
+from tests.test_signals import wait_for
 
 
 @pytest.mark.slow
@@ -26,7 +27,7 @@ def test_a_job_whose_time_is_up_asks_to_be_queued_again_and_goes_on(tmp_path: Pa
     run_dir = tmp_path / "run"
 
     def submit(steps: int) -> subprocess.Popen[bytes]:
-        args = fit_args(run_dir, *QUIET, *quick(steps), "--checkpoints.every_n_steps", "3", max_steps=steps)
+        args = fit_args(run_dir, *QUIET, *RARE, max_steps=steps)
         srun = '[ "$1 $2 $3 $4" = \'python -m diffusion_lit fit\' ] && [ "${@: -1}" = last ] || exit 1\n'
         run = shlex.join([sys.executable, "-m", "diffusion_lit", *args, "--ckpt_path", "last"])
         (stand_ins / "srun").write_text(f"#!/bin/bash\n{srun}echo $$ > {tmp_path}/pid\nexec {run}\n")

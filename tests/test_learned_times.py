@@ -1,6 +1,5 @@
 """An objective that learns from its losses: over processes, through a checkpoint, and by whole steps only."""
 
-import os
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.callbacks import EMA
-from diffusion_lit.data import Digits
-from diffusion_lit.diffusion import DDIM, DiscreteProcess, VariationalBound
+from diffusion_lit.data import Digits, ImageData
+from diffusion_lit.diffusion import DDIM, DiscreteProcess, LossSecondMoment, VariationalBound
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.trainer import Trainer
-from diffusion_lit.types import Condition
+from diffusion_lit.types import Condition, Network
+from tests import forked
 
 T, HISTORY, BATCH = 6, 2, 16
 
 
-class TwoChannels(nn.Module):
+class TwoChannels(Network):
     """A network of a few weights that says eps and the variance."""
 
     image_size, in_channels = 8, 1
@@ -32,7 +32,7 @@ class TwoChannels(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.linspace(-0.2, 0.3, parameter.numel()).reshape(parameter.shape))
 
-    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
         output: Tensor = self.conv(x)
         return output
 
@@ -58,7 +58,7 @@ def module() -> DiffusionModule:
     return DiffusionModule(
         TwoChannels(),
         DiscreteProcess(T),
-        objective=VariationalBound(history=HISTORY),
+        objective=VariationalBound(times=LossSecondMoment(HISTORY)),
         sampler=DDIM(steps=2),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
     )
@@ -80,8 +80,8 @@ def trainer(place: Path, max_steps: int, callbacks: list[L.Callback], **options:
     return Trainer(default_root_dir=str(place), max_steps=max_steps, callbacks=callbacks, **{**settings, **options})
 
 
-def data() -> Digits:
-    return Digits(batch_size=BATCH)
+def data() -> ImageData:
+    return ImageData(Digits(), batch_size=BATCH)
 
 
 def last_losses(pairs: list[tuple[int, float]]) -> list[list[float]]:
@@ -141,9 +141,11 @@ def test_validation_teaches_nothing(tmp_path: Path) -> None:
     assert model.objective.state_dict()["counts"].sum() == 2 * BATCH
 
 
-@pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") != "1", reason="a forked child hangs in OpenMP threads")
 def test_two_processes_hold_the_losses_of_both(tmp_path: Path) -> None:
-    trainer(tmp_path, 6, [Seen(tmp_path)], devices=2, strategy="ddp_fork").fit(module(), data())
+    def train() -> None:
+        trainer(tmp_path, 6, [Seen(tmp_path)], devices=2, strategy="ddp").fit(module(), data())
+
+    assert forked.wait(forked.fork(lambda: forked.in_two(train), tmp_path / "output.txt")) == 0
     (first, state), (second, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(state[name], other[name]) for name in state)
     assert len(first) == len(second) == 6

@@ -1,5 +1,6 @@
 """Out of memory while sampling: fewer images at once, and the same ones."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from diffusion_lit.callbacks import Checkpoints
 from diffusion_lit.diffusion import DDIM
 from diffusion_lit.evaluation import Evaluation, Likelihood
-from diffusion_lit.loggers import read_rows
 from diffusion_lit.metrics import Pixels
 from diffusion_lit.records import read_records
 from diffusion_lit.types import Condition
@@ -47,7 +47,7 @@ def test_the_batch_is_halved_until_it_fits_and_images_stay_the_same(limit: int, 
     network.limit = 100
     expected = model.sample(range(11), seed=4)
     network.limit = limit
-    with pytest.warns(UserWarning, match=r"out of memory while sampling: going on with \d+ images at once"):
+    with pytest.warns(UserWarning, match=r"out of memory while sampling: continuing with \d+ images at once"):
         images = model.sample(range(11), seed=4)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     network.sizes.clear()
@@ -58,7 +58,7 @@ def test_the_batch_is_halved_until_it_fits_and_images_stay_the_same(limit: int, 
 
 def test_memory_that_does_not_hold_one_image_is_an_error() -> None:
     with (
-        pytest.warns(UserWarning, match="going on with 1 images"),
+        pytest.warns(UserWarning, match="continuing with 1 images"),
         pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"),
     ):
         tiny.module(network=Small(0)).sample(range(2))
@@ -79,7 +79,7 @@ def test_predictions_survive_it(tmp_path: Path) -> None:
         return np.stack([np.asarray(Image.open(place / f"{i:06}.png")) for i in range(9)]).astype(int)
 
     expected = images(8, tmp_path / "large")
-    with pytest.warns(UserWarning, match="going on with [42] images at once"):
+    with pytest.warns(UserWarning, match="continuing with [42] images at once"):
         small = images(2, tmp_path / "small")
     assert abs(small - expected).max() <= 1
 
@@ -117,13 +117,16 @@ def test_the_likelihood_survives_it_too(tmp_path: Path) -> None:
         trainer.test(model, tiny.data(eval_batch_size=2))
         assert limit > 5 or max(network.sizes[-100:]) <= limit
         [record] = read_records(place / "results.jsonl")
-        steps = [row["k"] for row in read_rows(place / "bits_per_dim_test.csv")]
+        with (place / "bits_per_dim_test.csv").open(newline="") as file:
+            steps = [row["k"] for row in csv.DictReader(file)]
         assert record["num_images"] == 7
         assert steps == [str(k) for k in range(1, 101)]
         return {name: float(value) for name, value in record["scores"].items()}
 
     expected = bound(100, tmp_path / "large")
-    with pytest.warns(UserWarning, match="out of memory in the likelihood: going on with [32] images at once") as said:
+    with pytest.warns(
+        UserWarning, match="out of memory in the likelihood: continuing with [32] images at once"
+    ) as said:
         assert bound(2, tmp_path / "small") == pytest.approx(expected, rel=1e-5)
     # What sufficed once is not tried again with more.
     assert len([warning for warning in said if "out of memory" in str(warning.message)]) == 2

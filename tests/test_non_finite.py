@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_lit import cli
 from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
-from diffusion_lit.diffusion import Denoiser, DenoisingLoss
+from diffusion_lit.diffusion import Denoiser, DenoisingLoss, Gaussian, NoiseSource, Seen
 from diffusion_lit.loggers import read_curves
-from diffusion_lit.module import NonFiniteGradients
+from diffusion_lit.system import NonFiniteGradients
 from diffusion_lit.types import Condition
 from tests import forked, tiny
 from tests.tiny import identical, last, load
@@ -33,9 +32,14 @@ class Breaks(DenoisingLoss):
         self.here: Callable[[], int] = lambda: 0
 
     def __call__(
-        self, denoiser: Denoiser, x0: Tensor, condition: Condition, generator: torch.Generator | None = None
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        condition: Condition,
+        noise: NoiseSource = Gaussian(),
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        parts = super().__call__(denoiser, x0, condition, generator)
+        parts = super().__call__(denoiser, x0, condition, noise, generator)
         self.called += 1
         if self.called in self.calls and self.here() == self.rank:
             if self.image is None:
@@ -45,8 +49,8 @@ class Breaks(DenoisingLoss):
                 parts["loss"] = parts["loss"] * float("nan")
         return parts
 
-    def observe(self, t: Tensor, losses: Tensor, gather: Any) -> None:
-        assert losses.isfinite().all()
+    def stepped(self, step: int, denoiser: Denoiser, seen: Seen, gather: Any) -> None:
+        assert seen.losses.isfinite().all()
         self.seen += 1
 
 
@@ -124,12 +128,15 @@ def test_so_many_in_a_row_stop_the_run_and_name_step_rate_images_and_checkpoint(
     assert f"weights of step 3 are in {last(tmp_path)}" in message
     assert "\n" not in message
     checkpoint = load(last(tmp_path))
-    assert checkpoint["global_step"] == 5
-    # Before the step at which it stopped, so that the same run goes on to the same end.
-    assert checkpoint["skipped_steps"] == [3, 2]
+    assert checkpoint["global_step"] == 6
+    assert checkpoint["skipped_steps"] == [4, 3]
+    # Resumed, the run tries once more.
     again = tiny.module(objective=Breaks([1], 7), max_skipped_steps=3)
-    with pytest.raises(NonFiniteGradients, match="in 3 steps in a row, the last of them step 6,"):
+    with pytest.raises(NonFiniteGradients, match="in 3 steps in a row, the last of them step 7,"):
         tiny.trainer(tmp_path, 9).fit(again, tiny.data(), ckpt_path="last")
+    mended = tiny.module(max_skipped_steps=3)
+    tiny.trainer(tmp_path, 9).fit(mended, tiny.data(), ckpt_path="last")
+    assert (mended.skipped_steps, mended.skipped_in_a_row) == (5, 0)
 
 
 def test_the_count_outlives_a_pause(tmp_path: Path) -> None:
@@ -148,7 +155,7 @@ def test_where_nobody_looks_such_gradients_reach_the_weights(tmp_path: Path) -> 
     model = tiny.module(objective=Breaks([2]), max_skipped_steps=None)
 
     class Deaf(Breaks):
-        def observe(self, t: Tensor, losses: Tensor, gather: Any) -> None:
+        def stepped(self, *_: Any) -> None:
             """Whatever they are."""
 
     model.objective = Deaf([2])
@@ -175,15 +182,14 @@ def test_two_processes_skip_together_and_name_the_image_of_whichever_saw_it(tmp_
     assert f"losses: {data.images_of_step(5)[tiny.BATCH // 2 + 3]};" in first
 
 
-def test_a_learning_rate_that_blows_up_ends_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from tests.test_cli import QUIET, fit_args
+def test_a_learning_rate_that_blows_up_ends_in_one_line(tmp_path: Path) -> None:
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=1e30)
 
-    rate = ["--model.optimizer.init_args.lr", "1e30", "--model.lr_scheduler", "null", "--frechet.every_n_steps", "null"]
-    with pytest.raises(SystemExit):
-        cli.main(fit_args(tmp_path, *QUIET, *rate, "--sample_grid.every_n_steps", "null", max_steps=40))
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith("diffusion_lit: error: gradients were not finite in 10 steps in a row")
-    assert "learning rate of 1e+30" in line
+    model = tiny.module(optimizer=optimizer, lr_scheduler=None)
+    with pytest.raises(NonFiniteGradients, match=r"^gradients were not finite in 10 steps in a row") as stopped:
+        tiny.trainer(tmp_path, 40).fit(model, tiny.data())
+    assert "learning rate of 1e+30" in str(stopped.value)
 
 
 def test_a_bound_below_one_is_refused() -> None:

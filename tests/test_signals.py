@@ -1,4 +1,4 @@
-"""Signals to a real process: it stops between two steps with a checkpoint, and goes on as if nothing had happened."""
+"""Signals to a real process: it stops between two steps with a checkpoint, and continues as if nothing had happened."""
 
 import os
 import signal
@@ -9,24 +9,34 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 
-from diffusion_lit import cli
 from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
+from diffusion_lit.callbacks.signals import Stopped
+from diffusion_lit.evaluation import Evaluation
+from diffusion_lit.metrics import Pixels
 from tests import forked, tiny
-from tests.test_cli import CPU, QUIET, fit_args
 
 SAME = ("state_dict", "current_model_state", "averages", "optimizer_states", "lr_schedulers", "global_step", "curves")
 STEPS = 1_000_000
 
 
-def start(place: Path, *more: str, steps: int = STEPS, two: bool = False) -> int:
-    """A run far too long, which has begun its steps when this returns."""
+def fit(place: Path, steps: int = STEPS, two: bool = False) -> None:
+    """Trains, and prints why it was stopped."""
+    callbacks: list[L.Callback] = [EMA([0.9]), Scalars(), Checkpoints(3)]
+    settings: dict[str, Any] = {"devices": 2, "strategy": "ddp"} if two else {}
+    trainer = tiny.trainer(place, steps, callbacks, accumulate_grad_batches=2, **settings)
+    try:
+        trainer.fit(tiny.module(), tiny.data(), ckpt_path="last")
+    except Stopped as stopped:
+        print(stopped)
+        raise
+
+
+def start(place: Path, steps: int = STEPS, two: bool = False) -> int:
+    """Starts a run, by default one that does not end."""
     place.mkdir(exist_ok=True)
-    quick = ["--frechet.every_n_steps", "null", "--sample_grid.every_n_steps", "null", "--trainer.log_every_n_steps"]
-    args = fit_args(place, *QUIET, *quick, "1", "--ckpt_path", "last", *more, max_steps=steps)
-    devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"] if two else []
 
     def run() -> None:
-        cli.main([*args, *CPU, *devices])
+        fit(place, steps, two)
 
     return forked.fork((lambda: forked.in_two(run)) if two else run, place / "output.txt")
 
@@ -39,37 +49,34 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize("slurm", [False, True])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda v: str(v)
+)
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(
-    tmp_path: Path, signum: signal.Signals, slurm: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, signum: signal.Signals, code: int, slurm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if slurm:
         for name, value in (("JOB_ID", "7"), ("NTASKS", "1"), ("PROCID", "0"), ("LOCALID", "0"), ("JOB_NAME", "run")):
             monkeypatch.setenv(f"SLURM_{name}", value)
-    child = start(tmp_path, "--checkpoints.every_n_steps", "3", "--trainer.accumulate_grad_batches", "2")
+    child = start(tmp_path)
     wait_for(tmp_path / "checkpoints" / "previous.ckpt")
     os.kill(child, signum)
-    assert forked.wait(child, 30) == 75
+    assert forked.wait(child, 30) == code
     output = (tmp_path / "output.txt").read_text()
     step = tiny.load(tiny.last(tmp_path))["global_step"]
-    assert output.rstrip().endswith(f"{signum.name}: stopped after step {step:,}; --ckpt_path last goes on from there")
+    expected = f"{signum.name}: stopped after step {step:,}; --ckpt_path last continues from there"
+    assert output.rstrip().endswith(expected)
     assert "Traceback" not in output
     assert {path.suffix for path in (tmp_path / "checkpoints").iterdir()} == {".ckpt"}
-    if signum == signal.SIGTERM and not slurm:
-        cli.main(fit_args(tmp_path / "whole", *QUIET, *quick(step + 2), max_steps=step + 2))
-        again = start(tmp_path, "--trainer.accumulate_grad_batches", "2", steps=step + 2)
-        assert forked.wait(again) == 0
+    if not slurm:
+        fit(tmp_path / "whole", step + 2)
+        assert forked.wait(start(tmp_path, step + 2)) == 0
         a, b = tiny.load(tiny.last(tmp_path / "whole")), tiny.load(tiny.last(tmp_path))
         assert [name for name in SAME if not tiny.identical(a[name], b[name])] == []
 
 
-def quick(steps: int) -> list[str]:
-    frequencies = ["--frechet.every_n_steps", "null", "--sample_grid.every_n_steps", "null"]
-    return [*frequencies, "--trainer.log_every_n_steps", "1", "--trainer.accumulate_grad_batches", "2"]
-
-
 def test_a_signal_to_one_of_two_processes_ends_both(tmp_path: Path) -> None:
-    child = start(tmp_path, "--checkpoints.every_n_steps", "3", two=True)
+    child = start(tmp_path, two=True)
     wait_for(tmp_path / "checkpoints" / "previous.ckpt")
     [other] = Path(f"/proc/{child}/task/{child}/children").read_text().split()
     os.kill(int(other), signal.SIGTERM)
@@ -92,12 +99,22 @@ class Signal(L.Callback):
                 os.kill(os.getpid(), self.signum)
 
 
-@pytest.mark.parametrize(("times", "steps"), [(1, 3), (2, 2)])
-def test_ctrl_c_finishes_the_step_and_a_second_one_does_not(tmp_path: Path, times: int, steps: int) -> None:
-    callbacks: list[Any] = [EMA([0.9]), Scalars(), Signal(signal.SIGINT, 2, times), Checkpoints()]
-    with pytest.raises(SystemExit):
+def test_ctrl_c_finishes_the_step_and_keeps_it(tmp_path: Path) -> None:
+    callbacks: list[Any] = [EMA([0.9]), Scalars(), Signal(signal.SIGINT, 2), Checkpoints()]
+    with pytest.raises(Stopped) as stopped:
         tiny.trainer(tmp_path, 9, callbacks).fit(tiny.module(), tiny.data())
-    assert tiny.load(tiny.last(tmp_path))["global_step"] == steps
+    assert stopped.value.code == 130
+    assert str(stopped.value) == "SIGINT: stopped after step 3; --ckpt_path last continues from there"
+    assert tiny.load(tiny.last(tmp_path))["global_step"] == 3
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    callbacks: list[Any] = [EMA([0.9]), Scalars(), Signal(signal.SIGINT, 3, times=2), Checkpoints(2)]
+    with pytest.raises(SystemExit) as end:
+        tiny.trainer(tmp_path, 9, callbacks).fit(tiny.module(), tiny.data())
+    assert not isinstance(end.value, Stopped)
+    assert end.value.code == 1
+    assert tiny.load(tiny.last(tmp_path))["global_step"] == 2
 
 
 def test_handlers_are_as_before_once_training_has_ended(tmp_path: Path) -> None:
@@ -108,14 +125,38 @@ def test_handlers_are_as_before_once_training_has_ended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_what_does_not_train_ends_at_once(tmp_path: Path, command: str) -> None:
-    first = forked.fork(lambda: cli.main(fit_args(tmp_path, *QUIET, *quick(1), max_steps=1)), tmp_path / "first.txt")
-    assert forked.wait(first) == 0
-    many = ["--evaluation.num_images", "100000"] if command == "test" else ["--num_images", "100000"]
-    args = [command, "--ckpt_path", str(tiny.last(tmp_path)), *many, *QUIET, *CPU]
-    child = forked.fork(lambda: cli.main(args), tmp_path / "second.txt")
-    wait_for(tmp_path / ("evaluation" if command == "test" else "predictions/last_seed_0/000000.png"))
+    def run() -> None:
+        evaluation = Evaluation(None, Pixels(2), num_images=100_000, batch_size=4)
+        trainer = tiny.trainer(tmp_path, callbacks=[evaluation], logger=False, limit_test_batches=1)
+        try:
+            if command == "test":
+                trainer.test(tiny.module(), tiny.data())
+            else:
+                trainer.predict(tiny.module(), num_images=100_000, batch_size=4)
+        except Stopped as stopped:
+            print(stopped)
+            raise
+
+    child = forked.fork(run, tmp_path / "output.txt")
+    wait_for(tmp_path / ("evaluation" if command == "test" else "predictions/seed_0/000000.png"))
     os.kill(child, signal.SIGTERM)
     assert forked.wait(child, 30) == 75
-    said = (tmp_path / "second.txt").read_text()
-    assert said.rstrip().endswith("diffusion_lit: SIGTERM: stopped; the same command goes on, or does it again")
-    assert "Traceback" not in said
+    output = (tmp_path / "output.txt").read_text()
+    assert output.rstrip().endswith("SIGTERM: stopped; the same command continues, or starts again")
+    assert "Traceback" not in output
+
+
+def test_the_command_line_says_where_it_stopped(tmp_path: Path) -> None:
+    from diffusion_lit import cli
+    from tests.test_cli import CPU, QUIET, fit_args
+    from tests.test_lost_processes import RARE
+
+    args = fit_args(tmp_path / "run", *QUIET, *RARE, *CPU, max_steps=STEPS)
+    child = forked.fork(lambda: cli.main(args), tmp_path / "output.txt")
+    wait_for(tmp_path / "run" / "checkpoints" / "previous.ckpt")
+    os.kill(child, signal.SIGINT)
+    assert forked.wait(child, 30) == 130
+    step = tiny.load(tiny.last(tmp_path / "run"))["global_step"]
+    output = (tmp_path / "output.txt").read_text()
+    assert output.rstrip().endswith(f"SIGINT: stopped after step {step:,}; --ckpt_path last continues from there")
+    assert "Traceback" not in output

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import CONFIGS, CPU
+from tests.test_cli import CPU
 
 SECONDS = float(os.environ.get("DIFFUSION_LIT_SOAK", "3600"))
 OFTEN = [
-    *("--trainer.max_steps", "-1", "--sample_grid.every_n_steps", "10", "--sample_grid.sampler.init_args.steps", "10"),
-    *("--frechet.every_n_steps", "10", "--frechet.num_images", "64", "--frechet.sampler.init_args.steps", "10"),
+    *("--trainer.max_steps", "-1", "--sample_grid.every_n_steps", "10", "--sample_grid.sampler.steps", "10"),
+    *("--evaluation.every_n_steps", "10", "--evaluation.training_num_images", "64"),
+    *("--evaluation.training_sampler.steps", "10"),
     *("--checkpoints.every_n_steps", "10", "--checkpoints.keep_every_n_steps", "500"),
     *("--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "10", "--checkpoints.keep_at_most", "3"),
 ]
@@ -54,7 +55,7 @@ def held(pid: int) -> dict[str, int]:
 @pytest.mark.slow
 def test_memory_files_threads_and_processes_stay_flat(tmp_path: Path) -> None:
     """What is held in the last quarter is compared with what was in the second; DIFFUSION_LIT_SOAK=<seconds>."""
-    args = ["fit", "-c", str(CONFIGS / "base.yaml"), "-c", str(CONFIGS / "digits.yaml"), *CPU, *OFTEN]
+    args = ["fit", "-c", "digits", *CPU, *OFTEN]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     rows = []
     with (tmp_path / "output.txt").open("w") as output:

@@ -1,4 +1,4 @@
-"""A disk that is full or a directory that is gone: training goes on, says what was not saved and damages nothing."""
+"""A disk that is full or a directory that is gone: training continues, says what was not saved and damages nothing."""
 
 import json
 import os
@@ -13,10 +13,9 @@ import lightning.pytorch as L
 import pytest
 
 from diffusion_lit.callbacks import EMA, Checkpoints, Plots, SampleGrid, Scalars
-from diffusion_lit.callbacks.checkpoints import read_checkpoint
+from diffusion_lit.checkpoint import read_checkpoint
 from diffusion_lit.diffusion import DDIM
-from diffusion_lit.evaluation import Evaluation, Frechet
-from diffusion_lit.loggers import CSV, read_rows
+from diffusion_lit.evaluation import Evaluation
 from diffusion_lit.metrics import Pixels
 from diffusion_lit.records import append_record, read_records
 from tests import forked, tiny
@@ -38,20 +37,25 @@ class Between(L.Callback):
 
 def fit(place: Path, calls: dict[int, Any], steps: int = 9) -> None:
     grid = SampleGrid(every_n_steps=2, num_images=2, batch_size=2, sampler=DDIM(2))
-    frechet = Frechet(Pixels(2), every_n_steps=3, num_images=3, batch_size=4, cache_dir=str(place / "cache"))
     evaluation = Evaluation(
-        None, Pixels(2), num_images=3, batch_size=4, cache_dir=str(place / "cache"), sampler=DDIM(2), every_n_steps=3
+        None,
+        Pixels(2),
+        batch_size=4,
+        cache_dir=str(place / "cache"),
+        sampler=DDIM(2),
+        every_n_steps=3,
+        training_num_images=3,
     )
-    scores: list[L.Callback] = [grid, frechet, evaluation]
+    scores: list[L.Callback] = [grid, evaluation]
     callbacks = [Between(calls), Plots(), EMA([0.9]), *scores, Scalars(), Checkpoints(2, keep_every_n_steps=6)]
-    logger = CSV(str(place), flush_logs_every_n_steps=1)
+    logger = tiny.logger(place, every_n_steps=1)
     tiny.trainer(place, steps, callbacks, logger=logger).fit(tiny.module(), tiny.data(), ckpt_path="last")
 
 
 def test_on_a_full_disk_nothing_is_damaged_and_what_was_not_saved_is_said(tmp_path: Path) -> None:
     place = tmp_path / "run"
     kept: dict[str, bytes] = {}
-    names = ("checkpoints/last.ckpt", "checkpoints/previous.ckpt", "samples.png", "csv/version_0/metrics.csv")
+    names = ("checkpoints/last.ckpt", "checkpoints/previous.ckpt", "samples.png", tiny.CURVES)
 
     def full() -> None:
         kept.update({name: (place / name).read_bytes() for name in names})
@@ -77,20 +81,19 @@ def test_on_a_full_disk_nothing_is_damaged_and_what_was_not_saved_is_said(tmp_pa
     assert same == list(names)
     assert parts == []
     said = json.loads((tmp_path / "warnings.json").read_text())
-    for name in ("last.ckpt", "step_00000006.ckpt", "step_00000006.png", "metrics.csv", "evaluation"):
+    for name in ("last.ckpt", "step_00000006.ckpt", "step_00000006.png", Path(tiny.CURVES).name, "evaluation"):
         assert any(name in line and "could not be written (File too large)" in line for line in said), name
     fit(tmp_path / "whole", {})
     a, b = load(last(tmp_path / "whole")), load(last(place))
     assert [name for name in STATE if not identical(a[name], b[name])] == []
-    # Rows are kept until they can be written; the evaluation's own at step 6 there is none of.
-    steps = [row["step"] for row in read_rows(place / "csv" / "version_0" / "metrics.csv")]
-    whole = [row["step"] for row in read_rows(tmp_path / "whole" / "csv" / "version_0" / "metrics.csv")]
-    whole.remove("6")
-    assert sorted(steps, key=int) == sorted(whole, key=int)
+    # Lines are kept until they can be written; the evaluation that failed at step 6 logs none.
+    steps, whole = ([row["step"] for row in tiny.rows(run)] for run in (place, tmp_path / "whole"))
+    whole.remove(6)
+    assert steps == whole
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_training_goes_on(
+def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_training_continues(
     tmp_path: Path, rank: int
 ) -> None:
     place = tmp_path / "run"
@@ -102,7 +105,7 @@ def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_trainin
     def train() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         evaluation = Evaluation(
-            None, Pixels(2), num_images=6, batch_size=2, cache_dir=str(place / "cache"), every_n_steps=2
+            None, Pixels(2), training_num_images=6, batch_size=2, cache_dir=str(place / "cache"), every_n_steps=2
         )
         calls = Between({3: lambda: limit(64), 5: lambda: limit(resource.RLIM_INFINITY)})
         with warnings.catch_warnings(record=True) as caught:
@@ -117,13 +120,13 @@ def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_trainin
     assert code == 0, (tmp_path / "output.txt").read_text()
     [said] = json.loads((tmp_path / "said.json").read_text())
     where = "File too large" if rank == 0 else "File too large, on another process"
-    assert said == f"evaluation could not be written ({where}); training goes on"
+    assert said == f"evaluation could not be written ({where}); training continues"
     assert [record["step"] for record in read_records(place / "results.jsonl")] == [2, 6]
     assert list((place / "evaluation").iterdir()) == []
     assert load(last(place))["global_step"] == 6
 
 
-def test_where_the_run_s_directory_is_gone_training_goes_on_and_writes_again_when_it_can(tmp_path: Path) -> None:
+def test_where_the_run_s_directory_is_gone_training_continues_and_writes_again_when_it_can(tmp_path: Path) -> None:
     place, moved = tmp_path / "run", tmp_path / "moved"
 
     def gone() -> None:
@@ -134,8 +137,8 @@ def test_where_the_run_s_directory_is_gone_training_goes_on_and_writes_again_whe
         warnings.simplefilter("always")
         fit(place, {5: gone, 8: place.unlink})
     said = [str(warning.message) for warning in caught]
-    for name in ("last.ckpt", "step_00000006.png", "metrics.csv", "evaluation"):
-        assert any(name in line and "training goes on" in line for line in said), name
+    for name in ("last.ckpt", "step_00000006.png", Path(tiny.CURVES).name, "evaluation"):
+        assert any(name in line and "could not be written" in line for line in said), name
     fit(tmp_path / "whole", {})
     a, b = load(last(tmp_path / "whole")), load(last(place))
     assert [name for name in STATE if not identical(a[name], b[name])] == []

@@ -21,24 +21,22 @@ from diffusion_lit.diffusion import (
     Variational,
     Weighting,
 )
-from diffusion_lit.evaluation import Frechet
+from diffusion_lit.evaluation import Evaluation
 from diffusion_lit.images import from_uint8
-from diffusion_lit.loggers import read_curves
+from diffusion_lit.methods.feature_network import FeatureNetworkModule
 from diffusion_lit.metrics import Pixels
-from diffusion_lit.module import TRAINING, VALIDATION, DiffusionModule, seed_step
-from diffusion_lit.networks import UNet
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.networks import ConvClassifier, UNet
+from diffusion_lit.stepping import TRAINING, VALIDATION, seed_step
+from diffusion_lit.types import Batch
 from tests import tiny
-from tests.tiny import identical, last, load
+from tests.tiny import curves, identical, last, load
 
 STATE = ("state_dict", "current_model_state", "averages", "optimizer_states", "lr_schedulers", "global_step")
 
 
 def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(identical(a[name], b[name]) for name in STATE)
-
-
-def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    return {k: v for k, v in read_curves(run_dir).items() if k != "train/images_per_s"}
 
 
 class Recorder(L.Callback):
@@ -101,6 +99,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, accu
     assert [step for step, _ in curves(whole)["train/loss"]] == [2, 4, 6, 8, 10]
 
 
+def test_of_runs_continued_from_one_file_in_one_process_none_changes_what_the_next_reads(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path / "first", 2).fit(tiny.module(), tiny.data())
+    ends = []
+    for name in ("second", "third"):
+        made = tiny.trainer(tmp_path / name, 5)
+        made.fit(tiny.module(), tiny.data(), ckpt_path=str(last(tmp_path / "first")))
+        ends.append(load(last(tmp_path / name)))
+    assert same_state(*ends)
+
+
 def test_a_run_resumes_exactly_across_the_end_of_an_epoch(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     data = {"batch_size": 500}
@@ -111,28 +119,63 @@ def test_a_run_resumes_exactly_across_the_end_of_an_epoch(tmp_path: Path) -> Non
     assert curves(whole) == curves(parts)
 
 
-@pytest.mark.parametrize(
-    ("hook", "call", "kept"),
-    [
-        ("on_train_batch_start", 6, "last"),
-        ("on_before_optimizer_step", 3, "last"),
-        ("on_train_batch_end", 5, "last"),
-        ("on_validation_batch_end", 1, "interrupted"),
-    ],
-)
-def test_a_failed_run_resumes_exactly_wherever_it_failed(tmp_path: Path, hook: str, call: int, kept: str) -> None:
-    # Two batches make a step, so that a run can fail between them.
+HOOKS = [
+    ("on_train_batch_start", 5, 2),
+    ("on_train_batch_start", 6, 2),
+    ("on_before_backward", 6, 2),
+    ("on_before_optimizer_step", 3, 2),
+    ("on_train_batch_end", 5, 2),
+    # Not yet done with its step: the scores of others, and its validation.
+    ("on_train_batch_end", 4, None),
+    ("on_validation_start", 1, None),
+    ("on_validation_batch_end", 1, None),
+]
+"""Where a run of two batches per step fails, at which call, and the step that it keeps."""
+
+
+@pytest.mark.parametrize(("hook", "call", "kept"), HOOKS)
+def test_a_failed_run_keeps_its_newest_whole_step_and_resumes_exactly(
+    tmp_path: Path, hook: str, call: int, kept: int | None
+) -> None:
     settings: dict[str, Any] = {"accumulate_grad_batches": 2, "val_check_interval": 4, "limit_val_batches": 2}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tiny.trainer(whole, 4, **settings).fit(tiny.module(), tiny.data())
     callbacks = [EMA([0.9]), Scalars(), FailAt(hook, call), Checkpoints()]
     with pytest.raises(Failure):
         tiny.trainer(parts, 4, callbacks, **settings).fit(tiny.module(), tiny.data())
-    assert load(last(parts).with_stem(kept))["global_step"] == 2
+    assert (load(last(parts))["global_step"] if last(parts).exists() else None) == kept
     tiny.trainer(parts, 4, **settings).fit(tiny.module(), tiny.data(), ckpt_path="last")
     assert same_state(load(last(whole)), load(last(parts)))
-    assert curves(whole)["train/loss"] == curves(parts)["train/loss"]
-    assert curves(whole)["val/loss"] == curves(parts)["val/loss"]
+    assert curves(whole) == curves(parts)
+
+
+@pytest.mark.parametrize(("hook", "call", "kept"), [("on_train_batch_start", 5, 2), ("on_train_batch_end", 5, None)])
+def test_running_means_that_have_moved_without_a_step_are_not_kept(
+    tmp_path: Path, hook: str, call: int, kept: int | None
+) -> None:
+    def classifier() -> FeatureNetworkModule:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = ConvClassifier(image_size=8, in_channels=1, num_classes=10, width=8)
+        return FeatureNetworkModule(network, tiny.optimizer)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    tiny.trainer(whole, 4, accumulate_grad_batches=2).fit(classifier(), tiny.data())
+    callbacks = [EMA([0.9]), Scalars(), FailAt(hook, call), Checkpoints()]
+    with pytest.raises(Failure):
+        tiny.trainer(parts, 4, callbacks, accumulate_grad_batches=2).fit(classifier(), tiny.data())
+    assert (load(last(parts))["global_step"] if last(parts).exists() else None) == kept
+    tiny.trainer(parts, 4, accumulate_grad_batches=2).fit(classifier(), tiny.data(), ckpt_path="last")
+    assert same_state(load(last(whole)), load(last(parts)))
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path / "first", 2).fit(tiny.module(), tiny.data())
+    for name, start in (("new", None), ("continued", str(last(tmp_path / "first")))):
+        callbacks = [EMA([0.9]), FailAt("on_before_optimizer_step", 1), Checkpoints()]
+        with pytest.raises(Failure):
+            tiny.trainer(tmp_path / name, 4, callbacks).fit(tiny.module(), tiny.data(), ckpt_path=start)
+        assert not last(tmp_path / name).exists()
 
 
 def test_a_decay_that_is_new_when_resuming_starts_at_the_primary_average(tmp_path: Path) -> None:
@@ -192,11 +235,13 @@ def test_what_is_averaged_does_not_depend_on_the_order_of_callbacks(tmp_path: Pa
 def test_looking_at_the_model_does_not_change_its_training(tmp_path: Path) -> None:
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     tiny.trainer(plain, 3).fit(tiny.module(), tiny.data())
-    frechet = Frechet(Pixels(2), every_n_steps=1, num_images=4, batch_size=4, at_start=True)
+    evaluation = Evaluation(
+        None, Pixels(2), batch_size=4, every_n_steps=1, training_num_images=4, at_start=True, sampler=DDIM(2)
+    )
     callbacks = [
         EMA([0.9]),
         SampleGrid(every_n_steps=1, num_images=2, sampler=DDIM(2)),
-        frechet,
+        evaluation,
         Scalars(),
         Checkpoints(),
     ]
@@ -217,7 +262,7 @@ def test_a_checkpoint_holds_raw_and_averaged_weights_as_plain_data(tmp_path: Pat
         assert torch.equal(checkpoint["current_model_state"][name].double(), recorder.weights[-1][name])
 
 
-def test_a_checkpoint_written_while_the_average_is_in_place_has_both_the_right_way_round(tmp_path: Path) -> None:
+def test_a_checkpoint_written_while_the_average_is_active_has_both_the_right_way_round(tmp_path: Path) -> None:
     class SaveInside(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             assert isinstance(pl_module, DiffusionModule)
@@ -229,22 +274,24 @@ def test_a_checkpoint_written_while_the_average_is_in_place_has_both_the_right_w
     assert same_state(load(tmp_path / "inside.ckpt"), load(tmp_path / "outside.ckpt"))
 
 
-def test_an_error_in_validation_leaves_both_weights_the_right_way_round(tmp_path: Path) -> None:
+def test_an_error_in_validation_leaves_the_raw_weights_in_the_model(tmp_path: Path) -> None:
     class Fails(DiffusionModule):
-        def _log_loss(self, name: str, batch: Any) -> None:
-            raise Failure
+        def losses(self, batch: Batch) -> dict[str, Tensor]:
+            if self.trainer.validating:
+                assert self.averages is not None
+                assert self.averages.active == "0.5"
+                raise Failure
+            return super().losses(batch)
 
     recorder = Recorder()
     model = Fails(tiny.network(), optimizer=tiny.optimizer)
     callbacks = [EMA([0.5]), recorder, Checkpoints()]
     with pytest.raises(Failure):
         tiny.trainer(tmp_path, 3, callbacks, val_check_interval=2, limit_val_batches=1).fit(model, tiny.data())
-    checkpoint = load(last(tmp_path).with_stem("interrupted"))
-    for name, value in checkpoint["current_model_state"].items():
-        assert torch.equal(value.double(), recorder.weights[2][name])
     for name, value in model.named_parameters():
         assert torch.equal(value.double(), recorder.weights[2][name])
-    assert any(not torch.equal(v, checkpoint["state_dict"][n]) for n, v in checkpoint["current_model_state"].items())
+    assert model.averages is not None
+    assert any(not torch.equal(v, model.get_parameter(n)) for n, v in model.averages.average().items())
 
 
 def test_a_weights_only_checkpoint_holds_the_average_and_says_that_it_has_no_other(tmp_path: Path) -> None:
@@ -310,10 +357,10 @@ def test_averages_do_not_nest_but_the_same_one_may_be_entered_again() -> None:
     model = tiny.module()
     model.averages = WeightAverages(model, [0.9, 0.5])
     with model.averaged_weights(), model.averaged_weights("0.9"):
-        with pytest.raises(RuntimeError, match=r"the average 0\.9 is in place already"), model.averaged_weights("0.5"):
+        with pytest.raises(RuntimeError, match=r"the average 0\.9 is active already"), model.averaged_weights("0.5"):
             pass
-        assert model.averages.in_place == "0.9"
-    assert model.averages.in_place is None
+        assert model.averages.active == "0.9"
+    assert model.averages.active is None
 
 
 @pytest.mark.parametrize("decays", [[], [1.0], [-0.1], [0.9, 0.9]])
@@ -391,7 +438,7 @@ def test_accumulated_batches_give_the_mean_gradient_over_them(tmp_path: Path) ->
     losses = []
     for i, images in enumerate(from_uint8(batch["image"]).chunk(2)):
         seed_step(3, TRAINING, 0, i)
-        losses.append(again.objective(again.denoiser, images, {})["loss"])
+        losses.append(again.losses({"image": images})["loss"])
     expected = torch.autograd.grad(torch.stack(losses).mean(), list(again.parameters()))
     assert len(gradients) == 1
     for got, want in zip(gradients[0], expected, strict=True):
@@ -432,7 +479,7 @@ def test_validation_and_test_losses_are_means_over_all_images_with_the_averaged_
         batches = [images[:599], images[599:1198], images[1198:]]
         for i, batch in enumerate(batches):
             seed_step(3, VALIDATION, 0, i)
-            total += float(model.objective(model.denoiser, batch, {})["losses"].sum())
+            total += float(model.losses({"image": batch})["losses"].sum())
     assert step in (2, 3)
     assert logged == pytest.approx(total / 1797, rel=1e-5)
     assert tested["test/loss"] == pytest.approx(total / 1797, rel=1e-5)
@@ -448,6 +495,6 @@ def test_data_of_another_shape_are_refused_before_anything_is_kept(tmp_path: Pat
     model = tiny.module(
         network=UNet(image_size=16, in_channels=1, width=16, multipliers=[1], attention=[], num_groups=8)
     )
-    with pytest.raises(ValueError, match=r"images are \(1, 8, 8\) .* network takes \(1, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"images are \(1, 8, 8\) .* DiffusionModule takes \(1, 16, 16\)"):
         tiny.trainer(tmp_path).fit(model, tiny.data())
     assert not list(tmp_path.rglob("*.ckpt"))

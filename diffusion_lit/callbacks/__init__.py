@@ -1,6 +1,6 @@
 """What happens beside the training step."""
 
-from diffusion_lit.callbacks.checkpoints import Checkpoints, WholeFiles
+from diffusion_lit.callbacks.checkpoints import Checkpoints
 from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.plots import Plots
@@ -16,6 +16,5 @@ __all__ = [
     "ProgressBar",
     "SampleGrid",
     "Scalars",
-    "WholeFiles",
     "sampling_bar",
 ]

@@ -1,5 +1,6 @@
 """Writes what `predict` generates."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,19 +10,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, PngImagePlugin
 
-from diffusion_lit.callbacks.progress import sampling_bar
-from diffusion_lit.generation import Requests
+from diffusion_lit.callbacks.progress import ProgressBar, sampling_bar
+from diffusion_lit.generator import Generated, Requests
 from diffusion_lit.images import save_png, tile, to_pil
-from diffusion_lit.module import DiffusionModule, Generated
+from diffusion_lit.metrics.files import whole_file
 
 GRID = 100
 
 
 class ImageWriter(L.Callback):
-    """Image i becomes <directory>/<i>.png, written by the process that made it; a label is kept inside the file.
+    """Writes image i to <directory>/<i>.png, on the process that made it; a label is kept inside the file.
 
-    At the end the first process gathers them: `images.npz` in the form that OpenAI's evaluator reads (arr_0 uint8
-    (N, H, W, C), arr_1 labels where there are any) and `grid.png` of the first 100.
+    The folder holds nothing else, so that other programs can score it. At the end the first process gathers the images
+    beside it: <directory>.npz in the form that OpenAI's evaluator reads (arr_0 uint8 (N, H, W, C), arr_1 labels where
+    there are any) and <directory>_grid.png of the first 100.
 
     Args:
         directory: Where to; made if it is not there.
@@ -35,7 +37,7 @@ class ImageWriter(L.Callback):
         self.requests = requests
         self.npz = npz
         self.columns = columns
-        self._bar: Any = None
+        self._stack = ExitStack()
 
     def path(self, index: int) -> Path:
         """Where an image goes."""
@@ -43,8 +45,9 @@ class ImageWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._bar = sampling_bar(trainer, cast(DiffusionModule, pl_module), self.requests, "images")
-        self._bar.__enter__()
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, ProgressBar):
+            bar.on_sampling_step = self._stack.enter_context(sampling_bar(trainer, self.requests, "images"))
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: object) -> None:
         generated = cast(Generated, outputs)
@@ -57,15 +60,10 @@ class ImageWriter(L.Callback):
                 to_pil(generated["image"][row]).save(self.path(index), pnginfo=text)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._close_bar()
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
+        self._stack.close()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close_bar()
+        self._stack.close()
         trainer.strategy.barrier("image_writer")
         if trainer.is_global_zero:
             self._gather()
@@ -80,12 +78,14 @@ class ImageWriter(L.Callback):
                     break
         stacked = np.stack(images)
         shown = torch.from_numpy(stacked[:GRID].transpose(0, 3, 1, 2).copy())
-        save_png(tile(shown, self.columns), self.directory / "grid.png")
-        made = f"{self.requests.num_images} images and grid.png"
+        grid, npz = (self.directory.with_name(self.directory.name + end) for end in ("_grid.png", ".npz"))
+        save_png(tile(shown, self.columns), grid)
+        made = f"{self.requests.num_images} images; {grid}"
         if self.npz:
             arrays = {"arr_0": stacked}
             if None not in labels:
                 arrays["arr_1"] = np.array([int(label) for label in labels if label is not None])
-            np.savez(self.directory / "images.npz", **arrays)  # type: ignore[arg-type]
-            made += ", images.npz"
+            with whole_file(npz) as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            made += f"; {npz}"
         rank_zero_info(f"{self.directory}: {made}")

@@ -1,4 +1,4 @@
-"""Progress bars: Lightning's for training, and one for images while they are being generated."""
+"""Progress bars: Lightning's for training, and one for images while they are generated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
-from diffusion_lit.generation import Requests
-from diffusion_lit.module import DiffusionModule
+from diffusion_lit.generator import Requests
+from diffusion_lit.types import StepFn
 
 FORMAT = "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total} images [{rate_noinv_fmt}, {remaining} left]"
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, redrawn now and then only; `predict` shows images rather than batches.
+    """Lightning's bar, redrawn now and then only; `predict` shows images instead of batches.
 
     Args:
         refresh_rate: Batches between two drawings.
@@ -23,6 +23,7 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self.on_sampling_step: StepFn | None = None
 
     def init_predict_tqdm(self) -> tqdm:
         return tqdm(disable=True)
@@ -34,15 +35,16 @@ class ProgressBar(TQDMProgressBar):
 
 
 @contextmanager
-def sampling_bar(trainer: L.Trainer, module: DiffusionModule, requests: Requests, title: str) -> Iterator[None]:
-    """Shows images done, images per second and time left while the module samples, on the first process.
+def sampling_bar(trainer: L.Trainer, requests: Requests, title: str) -> Iterator[StepFn]:
+    """Shows images done, images per second and time left, on the first process.
 
     Args:
-        trainer: Whose progress bar decides whether there is one at all.
-        module: Whose sampling is watched.
-        requests: What all processes are going to generate; a round is one batch of each of them, and they are
-            taken to be equally fast.
-        title: Stands before the bar.
+        trainer: Shows no bar if its progress bar is switched off.
+        requests: What all processes generate; a round is one batch of each, and they are assumed to be equally fast.
+        title: Shown in front of the bar.
+
+    Yields:
+        The function to call after every sampling step; called with (1, 1) it counts a whole batch.
     """
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     at_once = requests.batch_size * trainer.world_size
@@ -64,8 +66,4 @@ def sampling_bar(trainer: L.Trainer, module: DiffusionModule, requests: Requests
             if done == total:
                 before += images
 
-        module.on_sampling_step = on_step
-        try:
-            yield
-        finally:
-            module.on_sampling_step = None
+        yield on_step

@@ -1,15 +1,16 @@
-"""What SIGTERM, SIGUSR1 and Ctrl-C do: what trains stops between two steps, with a checkpoint, all else at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: training stops between two steps, with a checkpoint; everything else stops at once."""
 
 import os
 import signal
 from types import FrameType
 
 import lightning.pytorch as L
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
+from diffusion_lit.lightning import SignalConnector, signal_connector
+
 TO_BE_CONTINUED = os.EX_TEMPFAIL
-"""Exit code, 75, of a run that was asked to stop and can go on; 0 is that of one that has ended."""
+"""Exit code, 75, of a run that was asked to stop and can continue; a run that has ended exits with 0."""
 
 
 class Stopped(SystemExit):
@@ -17,7 +18,7 @@ class Stopped(SystemExit):
 
     Args:
         reason: The signal.
-        step: The optimiser steps done; None where it did not train.
+        step: The optimiser steps done; None if it did not train.
         code: Exit code of this process.
     """
 
@@ -28,16 +29,16 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         if self.step is None:
-            return f"{self.reason.name}: stopped; the same command goes on, or does it again"
-        return f"{self.reason.name}: stopped after step {self.step:,}; --ckpt_path last goes on from there"
+            return f"{self.reason.name}: stopped; the same command continues, or starts again"
+        return f"{self.reason.name}: stopped after step {self.step:,}; --ckpt_path last continues from there"
 
 
-class StopSignals(_SignalConnector):
-    """Takes note of a signal while a run trains; `Checkpoints` acts on it between two steps.
+class StopSignals(SignalConnector):
+    """Notes a signal while a run trains; `Checkpoints` acts on it between two steps.
 
     Lightning's own handlers stop between two batches of a step, talk to other processes while these may be talking
-    about something else, and differ under SLURM. A second Ctrl-C stops at once. What does not train has nothing to
-    save, for evaluations keep their parts as they go: it stops at once too.
+    about something else, and differ under SLURM. A second Ctrl-C stops at once, without a checkpoint. Evaluations keep
+    their parts as they go and have nothing to save: they stop at once too.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -66,9 +67,9 @@ class StopSignals(_SignalConnector):
         os.write(2, f"\n{self.noted.name}: stopping after this step{end}\n".encode())
 
 
-def asked_to_stop(trainer: L.Trainer) -> signal.Signals | None:
+def requested_stop(trainer: L.Trainer) -> signal.Signals | None:
     """The signal that any of the processes has received; collective, and the same on all."""
-    signals = trainer._signal_connector
+    signals = signal_connector(trainer)
     if not isinstance(signals, StopSignals):
         return None
     if trainer.world_size == 1:
@@ -82,10 +83,8 @@ def stop(trainer: L.Trainer, reason: signal.Signals) -> None:
     """Ends a run by an exception.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C.
-        Stopped: After any other signal. The code of all processes but the first is 0: a launcher would take another
-            for a failure, and end the first before it has finished.
+        Stopped: With the step. After Ctrl-C the exit code is 130. Of several processes only the first has another exit
+            code than 0: a launcher would take it for a failure and kill the first before it has finished.
     """
-    if reason == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Stopped(reason, trainer.global_step, TO_BE_CONTINUED if trainer.is_global_zero else 0)
+    code = 128 + signal.SIGINT if reason == signal.SIGINT else TO_BE_CONTINUED
+    raise Stopped(reason, trainer.global_step, code if trainer.is_global_zero else 0)

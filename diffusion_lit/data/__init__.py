@@ -1,20 +1,26 @@
 """Images: where they come from and how they reach the model."""
 
-from diffusion_lit.data.base import CorruptImage, ImageData, ImageDataset, InMemoryImages
 from diffusion_lit.data.cifar10 import CIFAR10
+from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, Example, ImageDataset, InMemoryImages, Split
 from diffusion_lit.data.digits import Digits
 from diffusion_lit.data.folder import Folder
 from diffusion_lit.data.lsun import LSUN
+from diffusion_lit.data.module import ImageData
 from diffusion_lit.data.prepared import Prepared
+from diffusion_lit.data.source import Source
 
 __all__ = [
     "CIFAR10",
     "LSUN",
     "CorruptImage",
+    "CorruptImageWarning",
     "Digits",
+    "Example",
     "Folder",
     "ImageData",
     "ImageDataset",
     "InMemoryImages",
     "Prepared",
+    "Source",
+    "Split",
 ]

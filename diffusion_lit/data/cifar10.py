@@ -3,48 +3,27 @@
 import tarfile
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-from diffusion_lit.data.base import ImageData, ImageDataset, InMemoryImages, Split
+from diffusion_lit.data.dataset import ImageDataset, InMemoryImages, Split
+from diffusion_lit.data.source import Source
 
 
-class CIFAR10(ImageData):
-    """60,000 photographs of ten classes, 32 x 32 RGB: 50,000 to train on; the 10,000 test images are val and
-    test.
+class CIFAR10(Source):
+    """60,000 photographs of ten classes, 32 x 32 RGB: 50,000 for training; the 10,000 test images are val and test.
 
     Args:
-        root: Folder that holds cifar-10-batches-py/, or will.
-        download: Whether to download and unpack what is missing. An archive that lies in `root` is unpacked
-            without any network.
-        batch_size: Images per optimiser step, over all processes and accumulated micro-batches together.
-        num_workers: Not used: the set is held in memory.
-        flip: Whether to mirror training images left to right with probability 1/2.
-        seed: Of the order and the mirroring of training images.
-        on_corrupt: Not used: every file is checked against its MD5 sum.
-        eval_batch_size: Most images per batch and process in validation and test.
-        on_device: Whether the device that trains holds the training images, 154 MB of 8 bits each.
+        root: Folder that contains cifar-10-batches-py/, or will.
+        download: Whether to download and unpack what is missing. An archive in `root` is unpacked without a network.
 
     Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images.
     """
 
-    def __init__(
-        self,
-        root: str = "data",
-        download: bool = True,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        flip: bool = True,
-        seed: int = 0,
-        on_corrupt: Literal["stop", "skip"] = "stop",
-        eval_batch_size: int = 256,
-        on_device: bool = False,
-    ) -> None:
-        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size, on_device)
+    def __init__(self, root: str = "data", download: bool = True) -> None:
         self.root = Path(root).expanduser()
         self.download = download
 
@@ -52,7 +31,7 @@ class CIFAR10(ImageData):
     def image_shape(self) -> tuple[int, int, int]:
         return 3, 32, 32
 
-    def prepare_data(self) -> None:
+    def prepare(self) -> None:
         if not self.download:
             return
         try:
@@ -65,10 +44,11 @@ class CIFAR10(ImageData):
         try:
             source = datasets.CIFAR10(self.root, train=split == "train")
         except (OSError, RuntimeError) as error:
-            hint = "" if self.download else ", or set --data.init_args.download to true"
+            hint = "" if self.download else ", or set --data.source.download to true"
             raise FileNotFoundError(self._what_is_wrong() + hint) from error
         images = np.ascontiguousarray(source.data.transpose(0, 3, 1, 2))
-        return InMemoryImages(f"CIFAR-10 {split}", torch.from_numpy(images), torch.tensor(source.targets))
+        labels = torch.tensor(source.targets)
+        return InMemoryImages(f"CIFAR-10 {split}", torch.from_numpy(images), labels, source.classes)
 
     def _what_is_wrong(self) -> str:
         official = datasets.CIFAR10
@@ -88,7 +68,7 @@ class CIFAR10(ImageData):
             found = f"{archive} is there but not unpacked"
         return (
             f"{found}; put {official.filename} (MD5 {official.tgz_md5}) from {official.url} into {self.root} "
-            "and let this unpack it, or point --data.init_args.root at the folder that holds "
+            "and let this unpack it, or point --data.source.root at the folder that holds "
             f"{official.base_folder}/"
         )
 

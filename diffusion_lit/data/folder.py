@@ -4,56 +4,42 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from tqdm import tqdm
 
-from diffusion_lit.data.base import (
-    CorruptImage,
-    CorruptImageWarning,
-    ImageData,
-    ImageDataset,
-    InMemoryImages,
-    Split,
-    at_least,
-)
-from diffusion_lit.data.decode import PREPROCESSING, decode
+from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, Example, ImageDataset, InMemoryImages, Split
+from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
+from diffusion_lit.data.source import Source, at_least
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IN_MEMORY_BYTES = 2 * 1024**3
-"""Sets up to this size are held in memory unless told otherwise."""
+"""Datasets up to this size are held in memory by default."""
 
 _LARGE_FILE = 16 * 1024
 
 
-class Folder(ImageData):
-    """Images found in a folder and everything below it, in the order of their paths.
+class Folder(Source):
+    """Image files in a folder and in all folders below it, in the order of their paths.
 
-    Two or more sub-folders that hold all the images are classes, numbered in the order of their names.
-    Otherwise, with images at the top, beside sub-folders or not, or with a single sub-folder, there are no
-    labels. Hidden files and folders (.name) are passed over. Images are cropped and resized as
-    `decode.square` tells.
+    Two or more sub-folders that contain all the images are classes, labelled in the order of their names. A folder with
+    images at the top, or with a single sub-folder, has no classes. Images beside two or more sub-folders are refused
+    unless `labels` is false, because one stray image would otherwise make the whole set unlabelled. Hidden files and
+    folders (.name) are ignored. Images are cropped and resized as by `decode.square`.
 
     Args:
-        root: The folder of training images.
-        image_size: Height and width, pixels.
+        root: Folder of training images.
+        image_size: Height and width in pixels.
         channels: 3 for RGB, 1 for grey.
-        val_root: A folder of validation and test images, with the same classes if there are any. None: there
-            is no validation.
+        val_root: Folder of validation and test images, with the same classes if there are any. None: there is no
+            validation.
+        labels: Whether sub-folders are classes. None: as described above.
         in_memory: Whether to decode all images once, when training starts. None: if they fit 2 GiB.
-        batch_size: Images per optimiser step, over all processes and accumulated micro-batches together.
-        num_workers: Processes that read and decode images that are not held in memory.
-        flip: Whether to mirror training images left to right with probability 1/2.
-        seed: Of the order and the mirroring of training images.
-        on_corrupt: Whether an unreadable image is an error, or is named, counted and left out.
-        eval_batch_size: Most images per batch and process in validation and test.
-        on_device: Whether the device that trains holds the training images, 8 bits each; where they are held in memory.
 
     Raises:
         ValueError: If a number is out of range.
@@ -65,24 +51,19 @@ class Folder(ImageData):
         image_size: int,
         channels: int = 3,
         val_root: str | None = None,
+        labels: bool | None = None,
         in_memory: bool | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        flip: bool = True,
-        seed: int = 0,
-        on_corrupt: Literal["stop", "skip"] = "stop",
-        eval_batch_size: int = 256,
-        on_device: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size, on_device)
-        at_least("image_size", image_size, 1)
+        at_least("source.image_size", image_size, 1)
         if channels not in (1, 3):
-            raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.init_args.channels")
+            raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.source.channels")
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.channels = channels
         self.val_root = None if val_root is None else Path(val_root).expanduser()
+        self.labels = labels
         self.in_memory = in_memory
+        self._training_classes: list[str] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -93,36 +74,39 @@ class Folder(ImageData):
         if root is None:
             return None
         if not root.is_dir():
-            raise FileNotFoundError(f"{root} is not a folder; set --data.init_args.{option} to a folder of images")
-        files = list(find(root))
+            raise FileNotFoundError(f"{root} is not a folder; set --data.source.{option} to a folder of images")
+        files, others = find(root)
         if not files:
             raise FileNotFoundError(
-                f"no images in {root} or below: looked for {' '.join(EXTENSIONS)}; "
-                f"set --data.init_args.{option} to a folder of images"
+                f"no images in {root} or below, of {len(others)} files; images are {' '.join(EXTENSIONS)}; "
+                f"set --data.source.{option} to a folder of images"
             )
-        classes = class_names(files)
-        if split != "train":
-            classes = self._training_classes(root, files, classes)
-        images = FolderImages(f"{root} ({split})", root, files, classes, self.image_size, self.channels)
+        name = f"{root} ({split})"
+        classes = self._classes(split, root, files)
         if classes:
-            rank_zero_info(f"{images.name}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
+            rank_zero_info(f"{name}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
+        if others:
+            rank_zero_info(
+                f"{name}: ignored {len(others):,} files that are not images by their names: {several(others)}"
+            )
         bytes_in_memory = len(files) * self.channels * self.image_size**2
         in_memory = bytes_in_memory <= IN_MEMORY_BYTES if self.in_memory is None else self.in_memory
-        return decode_all(images, self.on_corrupt == "skip") if in_memory else images
+        return FolderImages(name, root, files, classes, self.image_size, self.channels, in_memory)
 
     def remedy(self, split: Split) -> str:
-        return "; set --data.init_args.val_root to a folder of them"
+        return "; set --data.source.val_root to a folder of images"
 
-    def _training_classes(self, root: Path, files: list[str], classes: list[str]) -> list[str]:
-        """Numbers the classes of a validation folder as the training folder numbers them."""
-        known = class_names(list(find(self.root)))
-        unknown = sorted({file.split("/")[0] for file in files} - set(known))
-        if not known:
-            return []
+    def _classes(self, split: Split, root: Path, files: list[str]) -> list[str]:
+        """Names of the classes of a folder, which are always those of the training folder."""
+        if self._training_classes is None:
+            training = files if split == "train" else find(self.root).images
+            self._training_classes = class_folders(self.root, training, self.labels)
+        known = self._training_classes
+        unknown = sorted({file.split("/")[0] for file in files} - set(known)) if known else []
         if unknown:
             raise ValueError(
-                f"{root} holds {unknown[0]}, which is not one of the {len(known)} classes of {self.root}; "
-                "rename it or set --data.init_args.val_root"
+                f"{root} contains {unknown[0]}, which is not one of the {len(known)} classes of {self.root}; "
+                "move or rename it, or set --data.source.val_root"
             )
         return known
 
@@ -131,12 +115,13 @@ class FolderImages(ImageDataset):
     """Image files, decoded when they are read.
 
     Args:
-        name: What messages call the set.
+        name: Name of the dataset in messages.
         root: The folder.
         files: Paths below it, with forward slashes.
         classes: Names of the sub-folders that are classes; empty if there are none.
-        image_size: Height and width to crop and resize to, pixels.
+        image_size: Height and width to crop and resize to, in pixels.
         channels: 1 or 3.
+        in_memory: Whether `preload` decodes all of them.
     """
 
     def __init__(
@@ -147,31 +132,40 @@ class FolderImages(ImageDataset):
         classes: Sequence[str],
         image_size: int,
         channels: int,
+        in_memory: bool = False,
     ) -> None:
-        super().__init__(name, image_size, channels)
+        super().__init__(name, image_size, channels, list(classes) or None)
         self.root = root
         # One array: worker processes share it, where reference counts make them copy a list of strings.
         self.files = np.array([os.fsencode(file) for file in files])
         number = {name: i for i, name in enumerate(classes)}
         self.labels = torch.tensor([number[file.split("/")[0]] for file in files]) if classes else None
+        self.in_memory = in_memory
 
     def __len__(self) -> int:
         return len(self.files)
 
     def path(self, index: int) -> Path:
-        """Where an image lies."""
+        """Path of an image."""
         return self.root / os.fsdecode(bytes(self.files[index]))
 
-    def read(self, index: int) -> tuple[Tensor, int | None]:
+    def read(self, index: int) -> Example:
         path = self.path(index)
         try:
-            image = decode(path.read_bytes(), self.image_size, self.channels)
+            example: Example = {"image": decode(path.read_bytes(), self.image_size, self.channels)}
         except (OSError, ValueError) as error:
             raise CorruptImage(f"{path}: {error}", index) from error
-        return image, None if self.labels is None else int(self.labels[index])
+        if self.labels is not None:
+            example["label"] = int(self.labels[index])
+        return example
+
+    def preload(self, skip_corrupt: bool) -> ImageDataset:
+        indices = range(len(self)) if self.in_memory else spread(len(self))
+        warn_of_small_images(self.name, self.image_size, len(self), indices, self.path)
+        return decode_all(self, skip_corrupt) if self.in_memory else self
 
     def fingerprint(self) -> str:
-        """SHA-256 over every file's name, size and time, and the preparation of the images."""
+        """SHA-256 of every file's name, size and time, and of the preprocessing."""
         digest = hashlib.sha256(f"{self.channels} {self.image_size} {PREPROCESSING}".encode())
         for index in range(len(self)):
             status = self.path(index).stat()
@@ -179,14 +173,28 @@ class FolderImages(ImageDataset):
         return digest.hexdigest()
 
 
-def find(root: Path) -> Iterator[str]:
-    """Yields the image files below a folder, relative to it, in order; never walks in a circle of links.
+class Found(NamedTuple):
+    """Files below a folder: paths relative to it, in order.
 
-    A link that leads nowhere is yielded, to be named as unreadable; a pipe, which would never end, is not.
+    Attributes:
+        images: Those with the extension of an image format.
+        others: All others.
+    """
+
+    images: list[str]
+    others: list[str]
+
+
+def find(root: Path) -> Found:
+    """Lists the files below a folder; follows links, but never in a circle.
+
+    A link that leads nowhere counts as an image, so that it is named as unreadable; a pipe, which would never end, does
+    not.
     """
     seen: set[str] = set()
+    found = Found([], [])
 
-    def walk(folder: str, prefix: str) -> Iterator[str]:
+    def walk(folder: str, prefix: str) -> None:
         if (real := os.path.realpath(folder)) in seen:
             return
         seen.add(real)
@@ -194,26 +202,53 @@ def find(root: Path) -> Iterator[str]:
             visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
         for entry in visible:
             if entry.is_dir():
-                yield from walk(entry.path, f"{prefix}{entry.name}/")
-            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
-                yield prefix + entry.name
+                walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                is_image = entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink())
+                (found.images if is_image else found.others).append(prefix + entry.name)
 
-    yield from walk(os.fspath(root), "")
+    walk(os.fspath(root), "")
+    return found
 
 
-def class_names(files: Sequence[str]) -> list[str]:
-    """The sub-folders that are classes: two or more that hold all the files, else none."""
-    if any("/" not in file for file in files):
+def class_folders(root: Path, files: Sequence[str], labels: bool | None = None) -> list[str]:
+    """Names of the sub-folders that are classes; none if there are no classes.
+
+    Args:
+        root: The folder.
+        files: Images below it.
+        labels: Whether sub-folders are classes; None: if there are two or more and they contain all the images.
+
+    Raises:
+        ValueError: If there are images beside the sub-folders, so that they would have no class.
+    """
+    if labels is False:
         return []
-    names = sorted({file.split("/")[0] for file in files})
-    return names if len(names) > 1 else []
+    names = sorted({file.split("/")[0] for file in files if "/" in file})
+    if labels is None and len(names) < 2:
+        return []
+    outside = [file for file in files if "/" not in file]
+    if outside:
+        raise ValueError(
+            f"{root} has {len(names)} folders of images, which are classes, and {len(outside)} images beside them: "
+            f"{several(outside)}; move these, or set --data.source.labels false to train without classes"
+        )
+    return names
+
+
+def several(files: Sequence[str], count: int = 3) -> str:
+    """The first names, of different extensions where possible: "notes.txt, clip.mov, ..."."""
+    first = {os.path.splitext(file)[1].lower(): file for file in reversed(files)}
+    shown = [*list(first.values())[::-1], *(file for file in files if file not in first.values())][:count]
+    shown = [file.encode(errors="backslashreplace").decode() for file in shown]
+    return ", ".join(shown + ["..."] * (len(files) > count))
 
 
 def decode_all(images: FolderImages, skip_corrupt: bool) -> InMemoryImages:
-    """Decodes a set into memory, in threads where files are large enough to gain by it.
+    """Decodes a dataset into memory, in threads if the files are large enough to gain by it.
 
     Args:
-        images: The set.
+        images: The dataset.
         skip_corrupt: Whether to warn of an unreadable image and leave it out, instead of raising.
 
     Raises:
@@ -226,7 +261,7 @@ def decode_all(images: FolderImages, skip_corrupt: bool) -> InMemoryImages:
         errors = []
         for index in indices:
             try:
-                pixels[index] = images.read(index)[0]
+                pixels[index] = images.read(index)["image"]
             except CorruptImage as error:
                 if not skip_corrupt:
                     raise
@@ -234,11 +269,12 @@ def decode_all(images: FolderImages, skip_corrupt: bool) -> InMemoryImages:
         return errors
 
     parts = [range(first, min(first + 64, len(images))) for first in range(0, len(images), 64)]
-    if _has_large_files(images):
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            errors = [error for found in threads.map(decode_part, parts) for error in found]
-    else:
-        errors = [error for part in parts for error in decode_part(part)]
+    errors: list[CorruptImage] = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, _progress(images) as bar:
+        apply = threads.map if _has_large_files(images) else map
+        for part, found in zip(parts, apply(decode_part, parts), strict=True):
+            errors += found
+            bar.update(len(part))
     if len(errors) == len(images):
         raise CorruptImage(f"none of the {len(images)} images in {images.root} can be read, first {errors[0]}")
     for error in errors:
@@ -247,11 +283,19 @@ def decode_all(images: FolderImages, skip_corrupt: bool) -> InMemoryImages:
     keep[[error.index for error in errors]] = False
     if errors:
         pixels = pixels[keep]
-    return InMemoryImages(images.name, pixels, None if images.labels is None else images.labels[keep])
+    labels = None if images.labels is None else images.labels[keep]
+    return InMemoryImages(images.name, pixels, labels, images.class_names)
+
+
+def _progress(images: FolderImages) -> tqdm:
+    """A progress bar, shown after two seconds by the first process if it has a terminal."""
+    hidden = None if getattr(rank_zero_only, "rank", 0) == 0 else True
+    name = f"decoding {images.name}"
+    return tqdm(desc=name, total=len(images), unit=" images", delay=2, leave=False, disable=hidden)
 
 
 def _has_large_files(images: FolderImages) -> bool:
-    """Whether decoding outweighs the interpreter, so that threads help: small files are slower with them."""
+    """Whether decoding takes longer than the interpreter does, so that threads help: they slow small files down."""
     sizes = [0]
     for index in range(0, len(images), max(1, len(images) // 32)):
         with contextlib.suppress(OSError):

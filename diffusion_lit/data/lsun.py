@@ -1,20 +1,20 @@
-"""LSUN: scenes and objects in LMDB databases, read in place by any number of processes."""
+"""LSUN: scenes and objects in LMDB databases, read without unpacking by any number of processes."""
 
 import contextlib
 import difflib
 import hashlib
+import io
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import lmdb
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from diffusion_lit.data.base import CorruptImage, ImageData, ImageDataset, Split, at_least
-from diffusion_lit.data.decode import PREPROCESSING, decode
+from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
+from diffusion_lit.data.decode import PREPROCESSING, decode, spread, warn_of_small_images
+from diffusion_lit.data.source import Source, at_least
 
 SCENES = (
     "bedroom",
@@ -28,7 +28,7 @@ SCENES = (
     "restaurant",
     "tower",
 )
-"""Categories with a train and a validation part."""
+"""Categories with training and validation images."""
 
 OBJECTS = (
     "airplane",
@@ -52,7 +52,7 @@ OBJECTS = (
     "train",
     "tv-monitor",
 )
-"""Categories with a train part only."""
+"""Categories with training images only."""
 
 _SPARE_PAGES = 16
 _environments: dict[tuple[str, int], lmdb.Environment] = {}
@@ -62,24 +62,19 @@ _environments: dict[tuple[str, int], lmdb.Environment] = {}
 os.register_at_fork(after_in_child=_environments.clear)
 
 
-class LSUN(ImageData):
-    """One category of LSUN.
+class LSUN(Source):
+    """One category of LSUN, in its published LMDB databases.
 
-    Scenes come as `<root>/<category>_train_lmdb` and `<root>/<category>_val_lmdb`, objects as
-    `<root>/<category>` and without a validation part; either spelling is found. Images are cropped and
-    resized as `decode.square` tells. A missing validation part is reported and does not keep one from
-    training.
+    Scenes are stored as `<root>/<category>_train_lmdb` and `<root>/<category>_val_lmdb`, objects as
+    `<root>/<category>`, without validation images; either spelling is found. Images are cropped and resized as by
+    `decode.square`. Missing validation images are reported and do not prevent training.
+
+    DDPM mirrors the training images of all categories but bedroom.
 
     Args:
-        root: Folder that holds the databases' folders.
+        root: Folder that contains the databases' folders.
         category: One of the ten scenes and twenty objects.
-        image_size: Height and width, pixels.
-        batch_size: Images per optimiser step, over all processes and accumulated micro-batches together.
-        num_workers: Processes that read and decode images.
-        flip: Whether to mirror training images left to right with probability 1/2 (DDPM: not for bedroom).
-        seed: Of the order and the mirroring of training images.
-        on_corrupt: Whether an unreadable image is an error, or is named, counted and left out.
-        eval_batch_size: Most images per batch and process in validation and test.
+        image_size: Height and width in pixels.
 
     Raises:
         ValueError: If there is no such category, or a number is out of range.
@@ -87,25 +82,15 @@ class LSUN(ImageData):
     Source: Yu et al. 2015, LSUN.
     """
 
-    def __init__(
-        self,
-        root: str,
-        category: str = "church_outdoor",
-        image_size: int = 256,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        flip: bool = True,
-        seed: int = 0,
-        on_corrupt: Literal["stop", "skip"] = "stop",
-        eval_batch_size: int = 64,
-    ) -> None:
-        super().__init__(batch_size, num_workers, flip, seed, on_corrupt, eval_batch_size)
-        at_least("image_size", image_size, 1)
+    eval_batch_size = 64
+
+    def __init__(self, root: str, category: str = "church_outdoor", image_size: int = 256) -> None:
+        at_least("source.image_size", image_size, 1)
         known = SCENES + OBJECTS
         if category not in known:
             near = difflib.get_close_matches(category, known, n=1, cutoff=0.5)
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ValueError(f"LSUN has no category {category!r}; {meant} Set --data.init_args.category")
+            raise ValueError(f"LSUN has no category {category!r}; {meant} Set --data.source.category")
         self.root = Path(root).expanduser()
         self.category = category
         self.image_size = image_size
@@ -114,8 +99,8 @@ class LSUN(ImageData):
     def image_shape(self) -> tuple[int, int, int]:
         return 3, self.image_size, self.image_size
 
-    def prepare_data(self) -> None:
-        """Lists the keys once per machine, minutes for millions; the other processes read the list."""
+    def prepare(self) -> None:
+        """Lists the keys, which takes minutes for millions of images; the other processes read the list."""
         path = self._find("train")
         if path is not None:
             list_keys(path)
@@ -134,7 +119,7 @@ class LSUN(ImageData):
         remedy = f"unzip {there[0]} where it is" if there else f"download {zipped[0].name} and unzip it in {self.root}"
         raise FileNotFoundError(
             f"no LSUN {self.category} training images: looked for {looked_for}, each to hold data.mdb; "
-            f"{remedy}, or point --data.init_args.root at the folder that holds it"
+            f"{remedy}, or point --data.source.root at the folder that holds it"
         )
 
     def remedy(self, split: Split) -> str:
@@ -154,12 +139,12 @@ class LSUN(ImageData):
 class LSUNImages(ImageDataset):
     """The images of one LSUN database, decoded when they are read; there are no classes.
 
-    It can be pickled and used on either side of a fork: the database is opened by the process that reads.
+    It can be pickled and used before and after a fork: each process that reads opens the database itself.
 
     Args:
-        name: What messages call the set.
+        name: Name of the dataset in messages.
         path: The database's folder.
-        image_size: Height and width to crop and resize to, pixels.
+        image_size: Height and width to crop and resize to, in pixels.
 
     Raises:
         ValueError: If the database is incomplete, empty, or not an LMDB at all.
@@ -175,19 +160,32 @@ class LSUNImages(ImageDataset):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, index: int) -> tuple[Tensor, int | None]:
+    def read(self, index: int) -> Example:
         key = bytes(self.keys[index])
         try:
-            with environment(self.path).begin() as transaction:
-                value = transaction.get(key)
-            if value is None:
-                raise ValueError("no such entry any more")
-            return decode(value, self.image_size), None
-        except (ValueError, lmdb.Error) as error:
+            return {"image": decode(self._file(index), self.image_size)}
+        except ValueError as error:
             raise CorruptImage(f"{self.path}, key {key.decode(errors='replace')}: {error}", index) from error
 
+    def preload(self, skip_corrupt: bool) -> ImageDataset:
+        def open_file(index: int) -> io.BytesIO:
+            return io.BytesIO(self._file(index))
+
+        warn_of_small_images(self.name, self.image_size, len(self), spread(len(self)), open_file)
+        return self
+
+    def _file(self, index: int) -> bytes:
+        try:
+            with environment(self.path).begin() as transaction:
+                value: bytes | None = transaction.get(bytes(self.keys[index]))
+        except lmdb.Error as error:
+            raise ValueError(str(error)) from error
+        if value is None:
+            raise ValueError("no such entry any more")
+        return value
+
     def fingerprint(self) -> str:
-        """SHA-256 over the keys, the size of the data and the preparation of the images, not the path."""
+        """SHA-256 of the keys, the size of the data and the preprocessing, not of the path."""
         size = (self.path / "data.mdb").stat().st_size
         digest = hashlib.sha256(f"{len(self)} {size} {self.image_size} {PREPROCESSING}".encode())
         digest.update(self.keys.tobytes())
@@ -195,10 +193,10 @@ class LSUNImages(ImageDataset):
 
 
 def environment(path: Path) -> lmdb.Environment:
-    """The one handle that this process has of a database, opened at the first call.
+    """Returns the handle that this process has of a database, opened at the first call.
 
     Raises:
-        ValueError: If this is not a whole LMDB. A short data file is refused here, because reading past
+        ValueError: If this is not a complete LMDB. A data file that was cut short is refused here, because reading past
             its end would kill the process with a bus error.
     """
     key = (os.path.realpath(path), os.getpid())
@@ -221,13 +219,12 @@ def environment(path: Path) -> lmdb.Environment:
 def list_keys(path: Path) -> np.ndarray:
     """All keys of a database in its own order, (N,), dtype S.
 
-    Listing reads the whole index, so the keys are kept in a .npy file: beside the database if that folder can
-    be written, else under $DIFFUSION_LIT_CACHE (default ~/.cache/diffusion_lit). Its name holds the number of
-    entries and the size of the data, and in the shared folder a hash of the path: a changed database is
-    listed anew.
+    Listing reads the whole index, so the keys are stored in a .npy file: beside the database if that folder is
+    writable, else in $DIFFUSION_LIT_CACHE (default ~/.cache/diffusion_lit). The file's name contains the number of
+    entries, the size of the data and, in the cache, a hash of the path, so that a changed database is listed again.
 
     Raises:
-        ValueError: If this is not a whole LMDB.
+        ValueError: If this is not a complete LMDB.
     """
     count = environment(path).stat()["entries"]
     size = (path / "data.mdb").stat().st_size
@@ -240,6 +237,7 @@ def list_keys(path: Path) -> np.ndarray:
             keys: np.ndarray = np.load(file, allow_pickle=False)
             if keys.shape == (count,) and keys.dtype.kind == "S":
                 return keys
+    rank_zero_info(f"{path}: listing {count:,} keys, once")
     with environment(path).begin() as transaction:
         keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)), dtype=bytes)
     for file in kept_at:
@@ -250,7 +248,7 @@ def list_keys(path: Path) -> np.ndarray:
 
 
 def _write(file: Path, keys: np.ndarray) -> None:
-    """Writes by rename, so that no reader ever sees half a file."""
+    """Writes to a temporary file and renames it, so that no reader sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
     try:

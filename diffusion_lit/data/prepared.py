@@ -1,4 +1,4 @@
-"""Images that were decoded once and lie in one file, mapped into memory."""
+"""Images that were decoded once and stored in one file, which is mapped into memory."""
 
 import json
 import math
@@ -10,47 +10,31 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from torch import Tensor
 
-from diffusion_lit.data.base import ImageData, ImageDataset, Split, at_least
+from diffusion_lit.data.dataset import Example, ImageDataset, Split
+from diffusion_lit.data.source import Source, at_least
 from diffusion_lit.types import Batch
 
 FORMAT = "diffusion_lit prepared images, 1"
 
 
-class Prepared(ImageData):
+class Prepared(Source):
     """Images that `python -m diffusion_lit prepare` has stored, already cropped and resized.
 
-    They are read through the page cache, so that sets larger than memory work and processes share what is read.
-    Few images need no worker processes; from a cold disk they help.
+    They are read through the page cache, so that sets larger than memory work and processes share what is read. Worker
+    processes help only when the disk's cache is cold.
 
     Args:
-        file: What `prepare` wrote.
-        image_size: Height and width, pixels, as prepared.
+        file: The file that `prepare` wrote.
+        image_size: Height and width in pixels, as prepared.
         channels: 3 for RGB, 1 for grey, as prepared.
-        batch_size: Images per optimiser step, over all processes and accumulated micro-batches together.
-        num_workers: Processes that read images.
-        flip: Whether to mirror training images left to right with probability 1/2.
-        seed: Of the order and the mirroring of training images.
-        eval_batch_size: Most images per batch and process in validation and test.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
-    def __init__(
-        self,
-        file: str,
-        image_size: int,
-        channels: int = 3,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        flip: bool = True,
-        seed: int = 0,
-        eval_batch_size: int = 256,
-    ) -> None:
-        super().__init__(batch_size, num_workers, flip, seed, "stop", eval_batch_size)
-        at_least("image_size", image_size, 1)
+    def __init__(self, file: str, image_size: int, channels: int = 3) -> None:
+        at_least("source.image_size", image_size, 1)
         self.file = Path(file).expanduser()
         self.image_size = image_size
         self.channels = channels
@@ -62,7 +46,7 @@ class Prepared(ImageData):
     def load(self, split: Split) -> ImageDataset | None:
         if not self.file.is_file():
             raise FileNotFoundError(
-                f"{self.file} is not a file; set --data.init_args.file to what python -m diffusion_lit prepare wrote"
+                f"{self.file} is not a file; set --data.source.file to what python -m diffusion_lit prepare wrote"
             )
         part = parts_of(self.file).get(split)
         if part is None:
@@ -72,7 +56,7 @@ class Prepared(ImageData):
         if found != self.image_shape:
             raise ValueError(
                 f"{self.file} holds images of {found}, but {self.image_shape} were asked for; set "
-                f"--data.init_args.image_size to {images.image_size} and --data.init_args.channels to {images.channels}"
+                f"--data.source.image_size to {images.image_size} and --data.source.channels to {images.channels}"
             )
         return images
 
@@ -89,31 +73,39 @@ class Stored:
     dtype: str
 
     def map(self, path: Path) -> np.ndarray:
-        """Maps it into memory; what is written to it stays in this process."""
+        """Maps the array into memory; changes to it stay in this process."""
         return np.memmap(path, self.dtype, "c", self.offset, self.shape)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the data has in a file: pixels, uint8 (N, C, H, H), and labels, int64 (N,) if there are any."""
+    """One split in a file.
+
+    Attributes:
+        pixels: uint8, (N, C, H, H).
+        labels: int64, (N,), if there are classes.
+        fingerprint: As `InMemoryImages.fingerprint` of the same images.
+        class_names: Name of each class, if they have names.
+    """
 
     pixels: Stored
     labels: Stored | None
     fingerprint: str
+    class_names: list[str] | None
 
 
 class MappedImages(ImageDataset):
-    """One part of a prepared file. Pickled, it is a path: the process that reads maps the file itself.
+    """One split of a prepared file. When pickled it is a path: each process maps the file itself.
 
     Args:
-        name: What messages call the set.
+        name: Name of the dataset in messages.
         path: The file.
-        part: Where in it.
+        part: Position of the split in the file.
     """
 
     def __init__(self, name: str, path: Path, part: Part) -> None:
         _, channels, image_size, _ = part.pixels.shape
-        super().__init__(name, image_size, channels)
+        super().__init__(name, image_size, channels, part.class_names)
         self.path = path
         self.part = part
         self.labels = None if part.labels is None else torch.from_numpy(np.array(part.labels.map(path)))
@@ -132,9 +124,11 @@ class MappedImages(ImageDataset):
     def __len__(self) -> int:
         return self.part.pixels.shape[0]
 
-    def read(self, index: int) -> tuple[Tensor, int | None]:
-        image = torch.from_numpy(np.array(self.pixels[index]))
-        return image, None if self.labels is None else int(self.labels[index])
+    def read(self, index: int) -> Example:
+        example: Example = {"image": torch.from_numpy(np.array(self.pixels[index]))}
+        if self.labels is not None:
+            example["label"] = int(self.labels[index])
+        return example
 
     def batch(self, indices: Sequence[int]) -> Batch:
         chosen = np.array(indices, dtype=np.int64)
@@ -144,41 +138,44 @@ class MappedImages(ImageDataset):
         return batch
 
     def fingerprint(self) -> str:
-        """SHA-256 over the shape and every pixel, taken when they were stored: that of the same images in memory."""
+        """SHA-256 of the shape and all pixels, stored with them; equal to that of the images in memory."""
         return self.part.fingerprint
 
 
 def parts_of(path: Path) -> dict[Split, Part]:
-    """What a prepared file holds, by split.
+    """The splits in a prepared file.
 
     Raises:
-        ValueError: If this is no whole prepared file.
+        ValueError: If this is not a complete prepared file.
     """
     try:
         arrays = list_arrays(path)
         with path.open("rb") as file:
             file.seek(arrays[-1].offset)
-            said = json.loads(file.read())
-        if said["format"] != FORMAT:
-            raise ValueError(f"its format is {said['format']!r}, not {FORMAT!r}")
+            content = json.loads(file.read())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
+        fingerprints = content["fingerprints"]
+        # Files of version 0.1.0 have no class names.
+        names = content.get("class_names", [None] * len(fingerprints))
         parts: dict[Split, Part] = {}
-        for split, number in said["parts"].items():
+        for split, number in content["parts"].items():
             pixels, labels = arrays[2 * number : 2 * number + 2]
             has_labels = labels.shape == pixels.shape[:1]
-            parts[split] = Part(pixels, labels if has_labels else None, said["fingerprints"][number])
+            parts[split] = Part(pixels, labels if has_labels else None, fingerprints[number], names[number])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{path} holds no prepared images, or not all of them: {error}; "
+            f"{path} is not a complete file of prepared images: {error}; "
             "prepare them again by python -m diffusion_lit prepare"
         ) from error
     return parts
 
 
 def list_arrays(path: Path) -> list[Stored]:
-    """The arrays of a file that holds one .npy after another.
+    """The arrays of a file of .npy arrays, one after another.
 
     Raises:
-        ValueError: If it holds something else, or ends too early.
+        ValueError: If the file contains something else, or was cut short.
     """
     size = path.stat().st_size
     arrays: list[Stored] = []

@@ -15,24 +15,23 @@ class TrainingStream(Sampler[list[Key]]):
     """An endless stream of training batches that is a pure function of (seed, position).
 
     Every epoch is a fresh permutation of the images, seeded by (seed, epoch), and epochs follow each other
-    without a seam: no image is dropped, repeated or padded, and a batch may hold the end of one epoch and the
-    beginning of the next (or several epochs, when the set is smaller than the batch). Micro-batch b of W
+    without a gap: no image is dropped, repeated or padded, and a batch may contain the end of one epoch and the
+    beginning of the next (or several epochs, when the dataset is smaller than the batch). Micro-batch b of W
     processes and B images each is positions [b W B, (b + 1) W B), of which rank r takes its r-th B. Hence
     what a step sees does not depend on the number of processes, and a run that starts at micro-batch b is the
     tail of one that started at 0.
 
     Args:
-        num_images: Images in the set.
+        num_images: Images in the dataset.
         micro_batch: B, images per process and micro-batch.
         rank: This process, in [0, world_size).
         world_size: W, the number of processes.
-        start: The first micro-batch, or a function that tells it, asked each time the stream is iterated
-            over.
+        start: The first micro-batch, or a function that returns it, called at every new iteration.
         seed: Not negative.
         flip: Whether to mirror each image with probability 1/2. The order does not depend on it.
 
     Raises:
-        ValueError: If there is no image.
+        ValueError: If there are no images.
     """
 
     def __init__(
@@ -85,14 +84,14 @@ class TrainingStream(Sampler[list[Key]]):
 
 
 class OnePass(Sampler[list[Key]]):
-    """Batches that hold every image exactly once over all processes, in order and unmirrored.
+    """Batches that contain every image exactly once over all processes, in order and not mirrored.
 
-    Rank r takes images r, r + W, r + 2 W, ... and cuts them into batches whose sizes differ by at most one,
-    so that all ranks have the same number of batches and nobody waits for a collective that never comes. (The
-    number can still differ by one where a rank has fewer images than there are batches.)
+    Rank r takes images r, r + W, r + 2 W, ... and cuts them into batches whose sizes differ by at most one. All ranks
+    have the same number of batches, at least one, so that no process waits for another that has fewer; a rank with
+    fewer images than batches has empty ones.
 
     Args:
-        num_images: Images in the set.
+        num_images: Images in the dataset.
         batch_size: Most images in one batch of one process.
         rank: This process, in [0, world_size).
         world_size: W, the number of processes.
@@ -100,10 +99,7 @@ class OnePass(Sampler[list[Key]]):
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.share = range(rank, num_images, world_size)
-        self.num_batches = min(
-            math.ceil(math.ceil(num_images / world_size) / batch_size),
-            len(self.share),
-        )
+        self.num_batches = max(1, math.ceil(math.ceil(num_images / world_size) / batch_size))
 
     def __len__(self) -> int:
         return self.num_batches

@@ -4,13 +4,14 @@ from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grid import Grid, Karras, LogSNR, Quadratic, Spanning, Trailing, Uniform
 from diffusion_lit.diffusion.guidance import ClassifierFree, ClassifierGuidance, Guidance
 from diffusion_lit.diffusion.hybrid import Hybrid, VariationalBound
-from diffusion_lit.diffusion.noise import ImageNoise
-from diffusion_lit.diffusion.objective import DenoisingLoss, Objective
-from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, PosteriorMean, V
-from diffusion_lit.diffusion.process import DiscreteProcess, Process
+from diffusion_lit.diffusion.noise import Gaussian, ImageNoise, NoiseSource
+from diffusion_lit.diffusion.objective import DenoisingLoss, Objective, Seen
+from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, PosteriorMean, Preconditioned, V
+from diffusion_lit.diffusion.process import DiscreteProcess, Process, VarianceExploding, VariancePreserving
 from diffusion_lit.diffusion.resampling import LossSecondMoment
 from diffusion_lit.diffusion.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, slerp
 from diffusion_lit.diffusion.schedule import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
+from diffusion_lit.diffusion.times import LogNormal, Times, UniformTimes
 from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, FixedVariance, LearnedRange, ReverseVariance
 from diffusion_lit.diffusion.weighting import MinSNR, Simple, Variational, Velocity, Weighting
 
@@ -29,6 +30,7 @@ __all__ = [
     "FixedLarge",
     "FixedSmall",
     "FixedVariance",
+    "Gaussian",
     "Grid",
     "Guidance",
     "Heun",
@@ -37,25 +39,33 @@ __all__ = [
     "Karras",
     "LearnedRange",
     "Linear",
+    "LogNormal",
     "LogSNR",
     "LossSecondMoment",
     "MinSNR",
+    "NoiseSource",
     "Objective",
     "Parameterization",
     "PosteriorMean",
+    "Preconditioned",
     "Process",
     "Quadratic",
     "ReverseVariance",
     "Sampler",
     "ScaledLinear",
     "Schedule",
+    "Seen",
     "Sigmoid",
     "Simple",
     "Spanning",
     "Sqrt",
+    "Times",
     "Trailing",
     "Uniform",
+    "UniformTimes",
     "V",
+    "VarianceExploding",
+    "VariancePreserving",
     "Variational",
     "VariationalBound",
     "Velocity",

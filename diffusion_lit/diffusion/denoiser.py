@@ -1,4 +1,4 @@
-"""Network + parameterization = denoiser: from x_t to a prediction of x_0 and eps."""
+"""Denoiser: a network with its parameterization, which predicts x_0 and eps from x_t."""
 
 from collections.abc import Callable
 
@@ -10,19 +10,19 @@ from diffusion_lit.types import Condition, DenoiseFn, Prediction
 
 
 class Denoiser(nn.Module):
-    """Asks the network and reads its answer.
+    """Evaluates a network and computes x_0 and eps from its output.
 
     Args:
-        network: Called as network(x_t, time, condition) with time float32, (B,); returns (B, C, H, W). It may
-            put out more channels than x_t has: the first C are read, the others go on as they are.
-        parameterization: What the first C channels of the network's output mean.
-        process: Gives the coefficients.
+        network: Called as network(x, time, condition) with time float32, (B,); returns (B, C', ...). If C' exceeds the
+            channels C of x_t, the first C are interpreted and the others are passed on.
+        parameterization: Meaning of the first C channels of the output, and scaling of the inputs.
+        process: The forward process.
 
     Attributes:
-        run: What is called in place of the network, such as its compiled form; None: the network itself.
+        run: Function that is called in place of the network, such as its compiled form; None: the network itself.
 
     Raises:
-        ValueError: If the parameterization is undefined somewhere on the process.
+        ValueError: If the parameterization is undefined at a time of the process.
     """
 
     def __init__(self, network: nn.Module, parameterization: Parameterization, process: Process) -> None:
@@ -37,21 +37,24 @@ class Denoiser(nn.Module):
         """Predicts x_0 and eps.
 
         Args:
-            x_t: Noisy data, (B, C, H, W).
+            x_t: Noisy data, (B, C, ...).
             t: Times in (0, 1], () or (B,).
-            condition: Passed on to the network.
+            condition: Further inputs of the network, by name.
 
         Returns:
-            The prediction in the dtype of x_t, whatever precision the network ran in.
+            The prediction in the dtype of x_t, whatever the precision of the network.
         """
-        # Not blocking: a time that a sampler holds on the host would make it wait for the device at every step.
-        time = self.process.network_time(t).to(x_t.device, non_blocking=True).expand(x_t.shape[0])
+        parameterization, process = self.parameterization, self.process
+        # Without blocking: with a time on the host, a sampler would wait for the device at every step.
+        time = parameterization.network_time(process, t).to(x_t.device, non_blocking=True).expand(x_t.shape[0])
+        scale = parameterization.input_scale(process, t)
+        x = x_t if scale is None else expand(scale, x_t) * x_t
+        answer = (self.run or self.network)(x, time, condition).to(x_t.dtype)
         channels = x_t.shape[1]
-        answer = (self.run or self.network)(x_t, time, condition).to(x_t.dtype)
         output, extra = answer[:, :channels], answer[:, channels:] if answer.shape[1] > channels else None
-        x0_x, x0_f, eps_x, eps_f = (expand(c, x_t) for c in self.parameterization.reading(self.process, t))
+        x0_x, x0_f, eps_x, eps_f = (expand(c, x_t) for c in parameterization.coefficients(process, t))
         return Prediction(x0=x0_x * x_t + x0_f * output, eps=eps_x * x_t + eps_f * output, extra=extra)
 
     def bind(self, condition: Condition) -> DenoiseFn:
-        """Fixes the condition: gives the (x_t, t) -> Prediction that samplers call."""
+        """Returns (x_t, t) -> Prediction, with a fixed condition."""
         return lambda x_t, t: self(x_t, t, condition)

@@ -1,68 +1,83 @@
-"""Which of a process's times a sampler visits.
+"""Grids: the times that a sampler visits.
 
-A grid of S steps holds S + 1 times, t_S > ... > t_1 > t_0 = 0. It visits exactly S distinct table entries for
-any 1 <= S <= T: where a paper's rule rounds two times to one, the later moves up to the next free entry.
+A grid of S steps has S + 1 times, t_S > ... > t_1 > t_0 = 0. On a chain these are S distinct entries for any
+1 <= S <= T: where a paper's rule rounds two times to one entry, the later one moves up to the next free entry.
+Continuous time is treated as a chain of 1 / first_time entries, without any rounding.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.process import DiscreteProcess
+from diffusion_lit.diffusion.process import Process
 
 
 class Grid(ABC):
-    """A rule that chooses S of T times."""
+    """A rule that chooses S times of a process."""
 
     @abstractmethod
-    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
-        """S rising positions in the papers' indices 0 .. T - 1, float64, before rounding down."""
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        """Returns S rising times above 0, float64, (S,), before they are moved to times that exist."""
 
-    def __call__(self, steps: int, process: DiscreteProcess) -> Tensor:
-        """The times, falling, float64 on the CPU, (S + 1,); the last is 0.
+    def __call__(self, steps: int, process: Process) -> Tensor:
+        """Returns the times, falling, float64 on the CPU, (S + 1,); the last is 0.
 
         Args:
             steps: S.
-            process: Gives T.
+            process: The process, which says which times exist.
 
         Raises:
-            ValueError: If not 1 <= S <= T.
+            ValueError: If S < 1 or the process has fewer than S distinct times.
         """
-        total = process.num_steps
-        if not 1 <= steps <= total:
+        most = process.num_steps
+        if steps < 1 or (most is not None and steps > most):
+            bound = "be at least 1" if most is None else f"lie in 1 .. {most}, the steps of the process"
+            raise ValueError(f"sampler.steps={steps} must {bound}; set --model.sampler.steps {max(1, most or 1)}")
+        times = process.at(self.wanted(steps, process))
+        if not bool((times.diff() > 0).all()):
             raise ValueError(
-                f"sampler.steps={steps} must lie in 1 .. {total}, the steps of the process; "
-                f"set --model.sampler.init_args.steps to at most {total}"
+                f"sampler.steps={steps} are too many for {type(self).__name__} on this process, whose first time is "
+                f"{process.first_time:g}; set fewer --model.sampler.steps"
             )
-        wanted = self.positions(steps, process).floor().long().tolist()
-        indices: list[int] = []
-        for i, index in enumerate(wanted):
-            lowest = indices[-1] + 1 if indices else 0
-            indices.append(min(max(index, lowest), total - steps + i))
-        times = (torch.tensor(indices, dtype=torch.float64) + 1) / total
         return torch.cat([times.flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
+def length(process: Process) -> float:
+    """Returns the number of entries, T; in continuous time 1 / first_time."""
+    return 1 / process.first_time if process.num_steps is None else process.num_steps
+
+
+def entries(positions: Tensor, process: Process, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rounds positions on a chain by the rule of a paper; in continuous time returns them unchanged."""
+    return positions if process.num_steps is None else rule(positions)
 
 
 class Uniform(Grid):
     """Every (T/S)-th time, from the first. Source: Song et al. 2021 (DDIM), appendix D.2."""
 
-    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
-        return torch.arange(steps, dtype=torch.float64) * process.num_steps / steps
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        total = length(process)
+        return (entries(torch.arange(steps, dtype=torch.float64) * total / steps, process, torch.floor) + 1) / total
 
 
 class Quadratic(Grid):
-    """Squares of equally spaced numbers up to 0.8 T: denser near clean data.
+    """Squares of equally spaced numbers, up to 0.8 T: denser near clean data.
 
-    The DDIM paper's choice for CIFAR-10. Sampling begins at pure noise, which its linear schedule is close to at 0.8 T
-    (alpha_bar 0.0015). The cosine schedule is not (0.093): images keep that error, the more so the smaller eta.
+    The DDIM paper's choice for CIFAR-10. Sampling starts at 0.8 T with pure noise, which is close to x_t there for the
+    linear schedule (alpha_bar 0.0015). For the cosine schedule it is not (0.093), and images keep that error, the more
+    so the smaller eta is.
+
     Source: Song et al. 2021 (DDIM), appendix D.2, and its code.
     """
 
-    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        total = length(process)
         # The square of a rounded root may fall just short of a whole number, which flooring would lose.
-        return torch.linspace(0, (0.8 * process.num_steps) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
+        positions = torch.linspace(0, (0.8 * total) ** 0.5, steps, dtype=torch.float64).square() + 1e-9
+        return (entries(positions, process, torch.floor) + 1) / total
 
 
 class Spanning(Grid):
@@ -71,8 +86,9 @@ class Spanning(Grid):
     Source: Nichol & Dhariwal 2021, section 4.
     """
 
-    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
-        return torch.linspace(0, process.num_steps - 1, steps, dtype=torch.float64).round()
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        total = length(process)
+        return (entries(torch.linspace(0, total - 1, steps, dtype=torch.float64), process, torch.round) + 1) / total
 
 
 class Trailing(Grid):
@@ -81,19 +97,21 @@ class Trailing(Grid):
     Source: Lin et al. 2024, table 2.
     """
 
-    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
-        return (torch.arange(1, steps + 1, dtype=torch.float64) * process.num_steps / steps).round() - 1
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        total = length(process)
+        return entries(torch.arange(1, steps + 1, dtype=torch.float64) * total / steps, process, torch.round) / total
 
 
 class LogSNR(Grid):
     """Evenly spaced in lambda = log(alpha / sigma), from the first time to the last.
 
     Args:
-        lambda_min: Where to begin at the least, for schedules that end in nearly pure noise: there, lambda falls far in
-            few times. The authors begin where the cosine schedule has -4.8; diffusers recommends -5.1.
+        lambda_min: Lower bound of lambda at the start of sampling, for schedules that end in nearly pure noise, where
+            lambda falls far within a few steps. The authors start where the cosine schedule has -4.8; diffusers
+            recommends -5.1.
 
     Raises:
-        ValueError: If it is 0 or more, where more of the image is left than there is noise.
+        ValueError: If it is 0 or more, where x_t holds more signal than noise.
 
     Source: Lu et al. 2022 (DPM-Solver), section 3.4 and appendix D.4.
     """
@@ -103,9 +121,10 @@ class LogSNR(Grid):
             raise ValueError(f"grid: lambda_min={lambda_min} must lie below 0; -5.1 is usual")
         self.lambda_min = lambda_min
 
-    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
-        least, most = half_log_snr_range(process)
-        return entries_at(torch.linspace(max(self.lambda_min, least), most, steps, dtype=torch.float64), process)
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        least, most = lambda_range(process)
+        lambdas = torch.linspace(max(self.lambda_min, least), most, steps, dtype=torch.float64)
+        return process.time_at(2 * lambdas).flip(0)
 
 
 class Karras(Grid):
@@ -113,8 +132,8 @@ class Karras(Grid):
 
     Args:
         sigma_min: The least sigma / alpha.
-        sigma_max: The largest.
-        rho: 1 spaces evenly; the larger, the denser near clean data.
+        sigma_max: The largest sigma / alpha.
+        rho: Exponent, in [1, 100]: 1 spaces evenly; larger values are denser near clean data.
 
     Raises:
         ValueError: If not 0 < sigma_min < sigma_max, or rho lies outside [1, 100].
@@ -132,20 +151,15 @@ class Karras(Grid):
         self.sigma_max = sigma_max
         self.rho = rho
 
-    def positions(self, steps: int, process: DiscreteProcess) -> Tensor:
-        least, most = half_log_snr_range(process)
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        least, most = lambda_range(process)
         largest, smallest = min(self.sigma_max, math.exp(-least)), max(self.sigma_min, math.exp(-most))
         roots = torch.linspace(largest ** (1 / self.rho), smallest ** (1 / self.rho), steps, dtype=torch.float64)
-        return entries_at(-self.rho * roots.log(), process)
+        return process.time_at(-2 * self.rho * roots.log()).flip(0)
 
 
-def half_log_snr_range(process: DiscreteProcess) -> tuple[float, float]:
-    """Lambda = log(alpha / sigma) at the last time and at the first above 0."""
-    ends = torch.tensor([1, 1 / process.num_steps], dtype=torch.float64)
+def lambda_range(process: Process) -> tuple[float, float]:
+    """Returns lambda = log(alpha / sigma) at the last time and at the first one above 0."""
+    ends = torch.tensor([1, process.first_time], dtype=torch.float64)
     least, most = (process.log_snr(ends) / 2).tolist()
     return least, most
-
-
-def entries_at(half_log_snr: Tensor, process: DiscreteProcess) -> Tensor:
-    """The papers' indices nearest to values of lambda that rise, in rising order."""
-    return (process.time_at(2 * half_log_snr) * process.num_steps).round().flip(0) - 1

@@ -1,6 +1,7 @@
-"""Noise for sampling that depends on (seed, index of the image, number of the draw) alone."""
+"""Noise of training and of sampling; the latter depends on (seed, image, number of the draw) alone."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,12 @@ from diffusion_lit.diffusion.philox import WORD, philox
 
 
 def normals(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Two standard normals, float32, from two random words: the transform of Box and Muller.
+    """Computes two standard normal numbers, float32, from two random words, by the Box-Muller transform.
 
-    A word is the middle of one of 2^32 intervals of (0, 1), so that no normal exceeds sqrt(2 log 2^33) = 6.77, which a
-    true one does once in 10^11. Computed in float64 and then rounded: two devices, whose functions are right to the
-    last bit or two of a float64, agree but for about one number in 10^8, there by the last bit of a float32.
+    A word is the middle of one of 2^32 intervals of (0, 1), so that no number exceeds sqrt(2 log 2^33) = 6.77, which a
+    normal one does once in 10^11. The numbers are computed in float64 and rounded: devices, whose functions differ in
+    the last one or two bits of a float64, agree except in about one number of 10^8, which differs in the last bit of a
+    float32.
     """
     length = ((radius.double() + 0.5) / 2**32).log().mul(-2).sqrt()
     turn = angle.double() * (2 * math.pi / 2**32)
@@ -22,17 +24,17 @@ def normals(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ImageNoise:
-    """Standard normal noise: draw n of image i is a function of (seed, i, n), and of the shape.
+    """Standard normal noise of images: draw n of image i is a function of (seed, i, n) and the shape.
 
-    It is computed where it is wanted, for the whole batch at once, from a counter that no other image or draw has.
-    So an image does not depend on the batch, the rank or the number of images that it is made with, and its
-    noise not on the device but for rounding: see `normals`.
+    It is computed on its device, for a whole batch at once, from a counter that no other image or draw has. So an
+    image does not depend on the batch, the rank or the number of images that it is made with, and its noise depends
+    on the device only by rounding: see `normals`.
 
     Args:
         seed: In 0 .. 2^64 - 1.
-        indices: Which images, (B,), each at least 0.
-        shape: (C, H, W).
-        device: Where the noise is wanted.
+        indices: Images, (B,), each at least 0.
+        shape: Shape of one image, such as (C, H, W).
+        device: Device of the noise.
 
     Raises:
         ValueError: If the seed or an index is out of range.
@@ -58,9 +60,47 @@ class ImageNoise:
         self.block = torch.arange(-(-math.prod(self.shape) // 4), device=self.device)
 
     def draw(self) -> Tensor:
-        """The next noise of every image, (B, C, H, W), float32."""
+        """Returns the next noise of every image, (B, *shape), float32."""
         number = torch.full_like(self.block[:1], self.drawn)
         self.drawn += 1
         words = philox((self.block, number, self.low, self.high), self.seed)
         noise = torch.stack([*normals(words[0], words[1]), *normals(words[2], words[3])], -1).flatten(1)
         return noise[:, : math.prod(self.shape)].reshape(-1, *self.shape)
+
+
+class NoiseSource(ABC):
+    """The noise of a process: of mean 0 and variance 1, for training and for sampling."""
+
+    @abstractmethod
+    def like(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws training noise in the shape and dtype of x, (B, ...), and on its device.
+
+        Args:
+            x: Data that the noise is for.
+            generator: Source of randomness; torch's global one by default.
+        """
+
+    @abstractmethod
+    def images(
+        self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+    ) -> ImageNoise:
+        """Returns sampling noise: draw n of image i is a function of (seed, i, n) and the shape.
+
+        Args:
+            seed: In 0 .. 2^64 - 1.
+            indices: Images, (B,), each at least 0.
+            shape: Shape of one image, such as (C, H, W).
+            device: Device of the noise.
+        """
+
+
+class Gaussian(NoiseSource):
+    """Independent standard normal noise."""
+
+    def like(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+    def images(
+        self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+    ) -> ImageNoise:
+        return ImageNoise(seed, indices, shape, device)

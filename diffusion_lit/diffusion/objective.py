@@ -1,12 +1,16 @@
-"""What is minimised while training."""
+"""Objectives: the losses that training minimizes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.denoiser import Denoiser
+from diffusion_lit.diffusion.noise import Gaussian, NoiseSource
+from diffusion_lit.diffusion.process import Process
+from diffusion_lit.diffusion.times import Times, UniformTimes
 from diffusion_lit.diffusion.weighting import Simple, Weighting
 from diffusion_lit.types import Condition, Prediction
 
@@ -14,86 +18,111 @@ GatherFn = Callable[[Tensor], Tensor]
 """(n, ...) of each process -> (W n, ...) of all W, the same on each, in the order of ranks."""
 
 
-def predict_at(
-    denoiser: Denoiser, x0: Tensor, condition: Condition, t: Tensor, generator: torch.Generator | None = None
-) -> tuple[Tensor, Prediction]:
-    """Diffuses clean data by fresh noise and asks the denoiser.
+class Seen(NamedTuple):
+    """What one process trained on in one optimizer step, accumulated batches included.
 
-    Args:
-        denoiser: What is trained.
-        x0: Clean data, (B, C, H, W), in [-1, 1].
-        condition: Passed on to the denoiser.
-        t: Times in (0, 1], (B,).
-        generator: Source of the noise; torch's global one by default.
-
-    Returns:
-        (the noise eps, (B, C, H, W); the prediction).
+    Attributes:
+        t: Times, (n,).
+        losses: Losses there, without importance weights, (n,).
     """
-    eps = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
-    return eps, denoiser(denoiser.process.perturb(x0, eps, t), t, condition)
+
+    t: Tensor
+    losses: Tensor
 
 
 class Objective(ABC):
-    """Turns clean data and a denoiser into a loss."""
+    """Computes a loss from clean data and a denoiser.
 
-    @abstractmethod
+    Attributes:
+        times: Distribution of the training times.
+    """
+
+    times: Times
+
     def __call__(
         self,
         denoiser: Denoiser,
         x0: Tensor,
         condition: Condition,
+        noise: NoiseSource = Gaussian(),
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Draws times and noise, and measures the error.
+        """Draws times and then noise, and computes the loss.
 
         Args:
-            denoiser: What is trained.
-            x0: Clean data, (B, C, H, W), in [-1, 1].
-            condition: Passed on to the denoiser.
-            generator: Source of times and noise; torch's global one by default.
+            denoiser: The denoiser that is trained.
+            x0: Clean data, (B, ...).
+            condition: Inputs of the denoiser, by name.
+            noise: Source of the noise.
+            generator: Source of randomness of times and noise; torch's global one by default.
 
         Returns:
-            "loss", a scalar with gradient, and for the log, detached and of shape (B,), "t" and "losses".
+            "loss", a scalar with gradient, and, without gradient and of shape (B,), "t" and "losses".
         """
+        t, weights = self.times.draw(x0.shape[0], denoiser.process, x0.device, generator)
+        losses = self.losses_at(denoiser, x0, noise.like(x0, generator), t, condition)
+        loss = (losses if weights is None else weights * losses).mean()
+        return {"loss": loss.to(x0.dtype), "t": t, "losses": losses.detach().to(x0.dtype)}
 
-    def observe(self, t: Tensor, losses: Tensor, gather: GatherFn) -> None:  # noqa: B027 (most learn nothing)
-        """Told after every optimiser step what this process saw in it; an objective that learns from it overrides this.
+    def check(self, process: Process) -> None:  # noqa: B027 (most take any)
+        """Raises ValueError if the objective needs another kind of process."""
+
+    @abstractmethod
+    def losses_at(self, denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Computes the loss of each image at its own time, without importance weights.
 
         Args:
-            t: The times of all this process's images, accumulated batches included, (n,).
-            losses: Their losses, (n,).
-            gather: Joins a tensor with those of the other processes; n is the same on each.
+            denoiser: The denoiser that is trained.
+            x0: Clean data, (B, ...).
+            eps: Noise, in the shape of x0.
+            t: Times in (0, 1], (B,).
+            condition: Inputs of the denoiser, by name.
+
+        Returns:
+            Losses, (B,).
         """
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What has been learned from `observe`, for a checkpoint: the same on all processes."""
-        return {}
+    def stepped(self, step: int, denoiser: Denoiser, seen: Seen, gather: GatherFn) -> None:
+        """Called after every whole optimizer step; by default lets `times` learn from the losses.
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (most learn nothing)
-        """Goes on from a checkpoint's state."""
+        Args:
+            step: Number of optimizer steps done.
+            denoiser: The denoiser that is trained, after the step.
+            seen: Times and losses of this process in this step.
+            gather: Joins a tensor with those of the other processes; n is the same on each.
+        """
+        if self.times.learns:
+            # As one tensor, so that processes wait for each other once.
+            joined = gather(torch.stack([seen.t, seen.losses.to(seen.t.dtype)], dim=1))
+            self.times.update(*joined.unbind(1))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns all that the objective learned, for a checkpoint: the same on all processes."""
+        return self.times.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` returned."""
+        self.times.load_state_dict(state)
 
 
 class DenoisingLoss(Objective):
     """The weighted mean squared error of eps. With the default weighting, L_simple.
 
     Args:
-        weighting: w(t).
+        weighting: Weight w(t) of the squared error.
+        times: Distribution of the training times; None: `UniformTimes`.
 
     Source: Ho et al. 2020, eq. 14.
     """
 
-    def __init__(self, weighting: Weighting = Simple()) -> None:
+    def __init__(self, weighting: Weighting = Simple(), times: Times | None = None) -> None:
         self.weighting = weighting
+        self.times = times or UniformTimes()
 
-    def __call__(
-        self,
-        denoiser: Denoiser,
-        x0: Tensor,
-        condition: Condition,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
+    def check(self, process: Process) -> None:
+        self.weighting(process, torch.ones(1, dtype=torch.float64))
+
+    def losses_at(self, denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition) -> Tensor:
         process = denoiser.process
-        t = process.sample_times(x0.shape[0], x0.device, generator)
-        eps, prediction = predict_at(denoiser, x0, condition, t, generator)
-        losses = self.weighting(process, t).to(x0.dtype) * (eps - prediction.eps).square().flatten(1).mean(1)
-        return {"loss": losses.mean(), "t": t, "losses": losses.detach()}
+        prediction: Prediction = denoiser(process.perturb(x0, eps, t), t, condition)
+        return self.weighting(process, t).to(x0.dtype) * (eps - prediction.eps).square().flatten(1).mean(1)

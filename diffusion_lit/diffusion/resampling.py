@@ -1,29 +1,34 @@
-"""Which times to train on, learned from the losses there."""
+"""Training times learned from the losses."""
 
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.process import Process, require_chain
+from diffusion_lit.diffusion.times import Times
 
-class LossSecondMoment:
-    """Draws times in proportion to the root mean square of the losses last seen there.
+
+class LossSecondMoment(Times):
+    """Times of a chain, drawn in proportion to the root mean square of the latest losses there.
 
         p_k = (1 - u) r_k / sum_j r_j + u / T,    r_k = sqrt(mean of the last H losses at k, squared)
 
-    and uniformly until every k has H losses. An image's loss counts 1 / (T p_k), so that the mean stays what
-    uniform times would give; among all p this one has the least variance.
+    and uniformly until every k has H losses. The loss of an image has the weight 1 / (T p_k), so that the mean is that
+    of uniform times; among all p this one has the least variance.
 
-    Losses are kept where they come from, so that a step never waits for the host. Processes that are told the same
-    losses in the same order hold the same history, and draw from the same p.
+    The history stays on the device of the losses, so that a step never waits for the host. Processes that receive the
+    same losses in the same order have the same history, and draw from the same p.
 
     Args:
-        history: H, losses kept per time, at least 1.
-        uniform: u, the share of draws that is uniform, in (0, 1], so that no time is forgotten.
+        history: H, number of losses kept per time, at least 1.
+        uniform: u, share of uniform draws, in (0, 1], so that every time is visited.
 
     Raises:
         ValueError: If a number is out of range.
 
     Source: Nichol & Dhariwal 2021, section 3.3 and eq. 18; H and u from there and its code.
     """
+
+    learns = True
 
     def __init__(self, history: int = 10, uniform: float = 0.001) -> None:
         if history < 1 or not 0 < uniform <= 1:
@@ -32,12 +37,12 @@ class LossSecondMoment:
             )
         self.history = history
         self.uniform = uniform
-        # A row for each k = 1 .. T, the losses in a ring, and a last one for what is not to be kept.
+        # One ring buffer for each k = 1 .. T, and a last one for losses that are not kept.
         self._losses: Tensor | None = None
         self._counts: Tensor | None = None
 
     def _tables(self, num_steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The losses, float64, (T + 1, H), and how many there have been, int64, (T + 1,)."""
+        """Returns the losses, float64, (T + 1, H), and the number of losses so far, int64, (T + 1,)."""
         if self._losses is None or self._counts is None:
             self._losses = torch.zeros(num_steps + 1, self.history, dtype=torch.float64)
             self._counts = torch.zeros(num_steps + 1, dtype=torch.int64)
@@ -45,17 +50,17 @@ class LossSecondMoment:
             kept = len(self._counts) - 1
             raise ValueError(
                 f"the objective's losses are of a chain of {kept} steps, the process has {num_steps}; "
-                f"set --model.process.init_args.num_steps {kept}, or start a new run"
+                f"set --model.process.num_steps {kept}, or start a new run"
             )
         self._losses, self._counts = self._losses.to(device), self._counts.to(device)
         return self._losses, self._counts
 
     def probabilities(self, num_steps: int, device: torch.device | str = "cpu") -> Tensor:
-        """p_1 .. p_T, float64, (T,), summing to 1.
+        """Returns p_1 .. p_T, float64, (T,), summing to 1.
 
         Args:
-            num_steps: T, the same at every call.
-            device: Where they are wanted.
+            num_steps: T, the same in every call.
+            device: Device of the result.
 
         Raises:
             ValueError: If the losses are of a chain of another length.
@@ -67,29 +72,19 @@ class LossSecondMoment:
         return torch.where((counts >= self.history).all() & (total > 0), learned, 1 / num_steps)
 
     def draw(
-        self, count: int, num_steps: int, device: torch.device, generator: torch.Generator | None = None
+        self, count: int, process: Process, device: torch.device, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Times and what the losses there count.
-
-        Args:
-            count: How many, B.
-            num_steps: T.
-            device: Where they are wanted.
-            generator: Source of randomness; torch's global one by default.
-
-        Returns:
-            (times k / T, float64, (B,); weights 1 / (T p_k), float64, (B,)).
-        """
+        num_steps = require_chain(process, "LossSecondMoment").num_steps
         p = self.probabilities(num_steps, device)
         row = torch.multinomial(p, count, replacement=True, generator=generator)
         return (row + 1).to(torch.float64) / num_steps, 1 / (num_steps * p[row])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Keeps new losses, in their order, in place of the oldest; those that are not finite are left out.
+        """Replaces the oldest losses by new ones, in their order; losses that are not finite are left out.
 
         Args:
             t: Times that were drawn, (n,).
-            losses: Unweighted losses there, (n,).
+            losses: Losses there, without importance weights, (n,).
 
         Raises:
             RuntimeError: If nothing has been drawn yet, so that T is not known.
@@ -110,16 +105,16 @@ class LossSecondMoment:
         counts.index_add_(0, row, torch.ones_like(row))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The losses, float64, (T, H), and how many there have been, int64, (T,); nothing before the first draw."""
+        """Returns the losses, float64, (T, H), and their numbers so far, int64, (T,); empty before the first draw."""
         if self._losses is None or self._counts is None:
             return {}
         return {"losses": self._losses[:-1].cpu().clone(), "counts": self._counts[:-1].cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on from a state; from an empty one, anew.
+        """Restores a state; an empty one forgets all losses.
 
         Raises:
-            ValueError: If it keeps another number of losses per time.
+            ValueError: If the state has another number of losses per time.
         """
         if not state:
             self._losses = self._counts = None
@@ -127,8 +122,8 @@ class LossSecondMoment:
         losses, counts = state["losses"], state["counts"]
         if losses.shape[1] != self.history:
             raise ValueError(
-                f"the checkpoint keeps {losses.shape[1]} losses per time, this objective {self.history}; "
-                f"set --model.objective.init_args.history {losses.shape[1]}"
+                f"the checkpoint keeps {losses.shape[1]} losses per time, these {self.history}; "
+                f"set history of --model.objective.times to {losses.shape[1]}"
             )
         self._losses = torch.cat([losses, losses.new_zeros(1, self.history)])
         self._counts = torch.cat([counts, counts.new_zeros(1)])

@@ -1,7 +1,7 @@
-"""Noise schedules: how much is forgotten in each of the T steps of a discrete chain.
+"""Noise schedules: beta_1 .. beta_T of a discrete chain.
 
-A schedule gives beta_1 .. beta_T; everything else (alpha_bar, the posteriors, log-SNR) follows in `process`.
-"Linear" means linear in beta and "scaled linear" linear in sqrt(beta); neither is rescaled with T.
+Alpha_bar, the posteriors and the log-SNR follow from them in `process`. "Linear" means linear in beta and "scaled
+linear" linear in sqrt(beta); neither is rescaled with T.
 """
 
 import math
@@ -19,11 +19,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def betas(self, num_steps: int) -> Tensor:
-        """beta_1 .. beta_T, float64, (T,), each in (0, 1)."""
+        """Returns beta_1 .. beta_T, float64, (T,), each in (0, 1)."""
 
 
 def betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_steps: int) -> Tensor:
-    """The betas of a curve alpha_bar(u), u in [0, 1], cut at 0.999 so that no step forgets everything.
+    """Returns the betas of a curve alpha_bar(u), u in [0, 1], at most 0.999, so that every step keeps some signal.
 
     Source: Nichol & Dhariwal 2021, section 3.2.
     """
@@ -60,7 +60,7 @@ class Linear(Schedule):
 
 
 class ScaledLinear(Schedule):
-    """sqrt(beta) rises linearly; elsewhere also called "quadratic", and in the LDM code "linear".
+    """sqrt(beta) rises linearly; also called "quadratic", and in the LDM code "linear".
 
     Args:
         beta_start: beta_1.
@@ -82,7 +82,7 @@ class Cosine(Schedule):
     """alpha_bar(u) is cos^2((u + offset) / (1 + offset) * pi / 2), normalised to 1 at u = 0.
 
     Args:
-        offset: Keeps the first betas away from zero.
+        offset: Offset of u, which keeps the first betas away from zero.
 
     Source: Nichol & Dhariwal 2021, eq. 17.
     """
@@ -102,10 +102,10 @@ class Cosine(Schedule):
 class Sqrt(Schedule):
     """alpha_bar(u) is 1 - sqrt(u + offset), normalised to 1 at u = 0: the noise level rises fast at first.
 
-    Not to be taken for the LDM code's "sqrt", which means beta = sqrt(linear).
+    The "sqrt" of the LDM code is another schedule, beta = sqrt(linear).
 
     Args:
-        offset: Keeps the first betas from being even larger.
+        offset: Offset of u, which limits the first betas.
 
     Source: Li et al. 2022 (Diffusion-LM), appendix A.
     """
@@ -120,9 +120,9 @@ class Sqrt(Schedule):
 
 
 class Sigmoid(Schedule):
-    """alpha_bar(u) is a sigmoid falling from 1 to 0, its argument running from start to end over tau.
+    """alpha_bar(u) is a sigmoid of (start + u (end - start)) / tau, scaled to fall from 1 to 0.
 
-    Not to be taken for the schedule whose *betas* rise as a sigmoid.
+    The schedule whose *betas* rise as a sigmoid is another one.
 
     Args:
         start: Argument at u = 0.

@@ -1,7 +1,7 @@
-"""How much the squared error of eps counts at each noise level.
+"""Weights of the squared error at each noise level.
 
-A weight w(t) multiplies |eps - eps_hat|^2. The same error of x_0 is SNR(t) times smaller,
-|x_0 - x0_hat|^2 = |eps - eps_hat|^2 / SNR(t), so that every published choice can be written in this one form.
+A weight w(t) multiplies |eps - eps_hat|^2. The squared error of x_0 is |x_0 - x0_hat|^2 = |eps - eps_hat|^2 / SNR(t),
+so that every published weight can be written in this form.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.process import Process
+from diffusion_lit.diffusion.process import Process, require_chain
 from diffusion_lit.diffusion.variance import FixedLarge, FixedVariance
 
 
@@ -18,7 +18,7 @@ class Weighting(ABC):
 
     @abstractmethod
     def __call__(self, process: Process, t: Tensor) -> Tensor:
-        """Weights in the shape of t, at least 0."""
+        """Returns weights in the shape of t, at least 0."""
 
 
 class Simple(Weighting):
@@ -29,13 +29,13 @@ class Simple(Weighting):
 
 
 class Variational(Weighting):
-    """The weight that makes the loss a step of the variational bound, the paper's L, in nats.
+    """The weight with which the loss is one step of the variational bound of a chain, the paper's L, in nats.
 
-    |mu - mu_hat|^2 / (2 sigma^2) with mu the posterior mean and sigma^2 the reverse variance; the last step,
-    to clean data, is taken as a Gaussian too. What the variances add is the same for every network: left out.
+    |mu - mu_hat|^2 / (2 sigma^2) with mu the posterior mean and sigma^2 the reverse variance; the last step, to clean
+    data, is treated as a Gaussian too. The terms of the variances are the same for every network and are left out.
 
     Args:
-        variance: The reverse variance; a weight cannot depend on what the network says, so it is a fixed one.
+        variance: The reverse variance; a fixed one, because a weight does not depend on the network.
 
     Source: Ho et al. 2020, eqs. 8 and 12.
     """
@@ -44,17 +44,17 @@ class Variational(Weighting):
         self.variance = variance
 
     def __call__(self, process: Process, t: Tensor) -> Tensor:
-        s = process.previous(t)
+        s = require_chain(process, "the weighting Variational").previous(t)
         alpha, sigma = process.alpha_sigma(t)
         _, b, _ = process.posterior(t, s)
-        return (b * sigma / alpha) ** 2 / (2 * self.variance.of_step(process, t, s))
+        return (b * sigma / alpha) ** 2 / (2 * self.variance.between(process, t, s))
 
 
 class MinSNR(Weighting):
-    """min(SNR, gamma) / SNR: easy, nearly clean inputs count less.
+    """min(SNR, gamma) / SNR: nearly clean inputs have less weight.
 
     Args:
-        gamma: The signal-to-noise ratio from which on weights fall, above 0.
+        gamma: Signal-to-noise ratio above which weights fall, above 0.
 
     Source: Hang et al. 2023, eq. 8.
     """

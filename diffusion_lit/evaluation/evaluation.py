@@ -1,60 +1,58 @@
-"""Scores of a model, over all processes, with all that is needed to get them again."""
+"""Scores of a generator, while it trains and in `test`, over all processes."""
 
-import platform
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from diffusion_lit.callbacks.collective import SharedOSError, on_first, together
+from diffusion_lit.callbacks.checkpoints import save
+from diffusion_lit.callbacks.collective import SharedOSError
 from diffusion_lit.callbacks.interval import Interval
-from diffusion_lit.callbacks.progress import sampling_bar
-from diffusion_lit.callbacks.sample_grid import check_sampler
+from diffusion_lit.callbacks.sample_grid import check_section_sampler
 from diffusion_lit.callbacks.scalars import images_seen
 from diffusion_lit.callbacks.storage import if_possible
+from diffusion_lit.checkpoint import FOLDER as CHECKPOINTS
 from diffusion_lit.diffusion import Sampler
-from diffusion_lit.evaluation.partial import PartialResults
+from diffusion_lit.evaluation.measure import Record, known, measure
 from diffusion_lit.evaluation.real_images import RealImages
-from diffusion_lit.execution import Execution
-from diffusion_lit.generation import Requests, check_seed
+from diffusion_lit.evaluation.table import Table, fill
+from diffusion_lit.generator import Generator, Requests, choose_conditions
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
-from diffusion_lit.metrics.features import FeatureExtractor, Inception, as_extractor, outputs_in_memory
+from diffusion_lit.metrics.features import FeatureExtractor, Inception, outputs_in_memory
 from diffusion_lit.metrics.reference import Reference
-from diffusion_lit.metrics.scores import FrechetDistance, Score
-from diffusion_lit.module import DiffusionModule
-from diffusion_lit.records import RESULTS, append_record, describe, device_name, digest, key_of, read_records
-
-FOLDER = "evaluation"
-PACKAGES = ("diffusion-lit", "torch", "lightning", "torch-fidelity", "numpy")
+from diffusion_lit.metrics.scores import Evidence, FrechetDistance, Score
+from diffusion_lit.records import NonFinite, describe, digest
+from diffusion_lit.types import StepFn
 
 
 class Evaluation(L.Callback):
     """Scores the averaged model in `test`, and every so many steps of training if asked.
 
-    Exactly `num_images` images are generated; what was done of them when a run stopped is kept beside its checkpoints
-    and not done again. Every result becomes a line of <run>/results.jsonl with what it depends on.
+    Exactly as many images are generated as asked for, over all processes; what was done of them when a run stopped is
+    not done again. Every result becomes a line of <run>/results.jsonl with what it depends on, unless a value is not
+    finite: then `test` fails, and training continues with a warning. The best model by Fréchet distance while training
+    is kept as <run>/checkpoints/best.ckpt.
 
     Args:
         scores: What to compute; null: the Fréchet distance alone, []: nothing.
-        extractor: Makes features of 8-bit images for all scores that bring none of their own.
-        num_images: Images to generate; published figures use 50,000.
+        extractor: Makes features of 8-bit images, for all scores that bring none of their own.
+        num_images: Images to generate in `test`; published figures use 50,000.
         batch_size: Images generated at once by each process.
-        sampler: How images are generated; null: by the model's own sampler.
+        sampler: Draws the images; null: the model's own sampler.
         seed: Decides their noise: image i depends on it and on i alone.
         reference: An .npz file with mu and sigma for the Fréchet distance; null: computed from all training images.
         cache_dir: Where what was computed of real images is kept; null: $DIFFUSION_LIT_CACHE or ~/.cache/diffusion_lit.
         num_real: Training images for the scores that compare with single images; null: as many as are generated.
-        every_n_steps: Optimiser steps between evaluations while training; null: none.
+        every_n_steps: Optimiser steps between scores while training; null: none.
+        training_num_images: Images to generate for a score while training.
+        training_sampler: Draws them; null: `sampler`.
+        at_start: Whether to score the untrained model too.
+        table: In `test`, a table of scores instead of a single evaluation: `DDIMTable` and so on.
 
     Raises:
         ValueError: If a number is out of range, or a score cannot be computed from so many images or by its extractor.
@@ -63,7 +61,7 @@ class Evaluation(L.Callback):
     def __init__(
         self,
         scores: list[Score] | None = None,
-        extractor: FeatureExtractor | nn.Module = Inception(),
+        extractor: FeatureExtractor = Inception(),
         num_images: int = 50_000,
         batch_size: int = 256,
         sampler: Sampler | None = None,
@@ -72,257 +70,273 @@ class Evaluation(L.Callback):
         cache_dir: str | None = None,
         num_real: int | None = None,
         every_n_steps: int | None = None,
+        training_num_images: int = 10_000,
+        training_sampler: Sampler | None = None,
+        at_start: bool = False,
+        table: Table | None = None,
     ) -> None:
         self.scores = [FrechetDistance()] if scores is None else list(scores)
-        self.extractor = as_extractor(extractor)
-        self.requests = Requests(num_images, batch_size, section="evaluation")
-        check_seed("evaluation.seed", seed)
+        self.extractor = extractor
+        self.requests = Requests(num_images, batch_size, seed=seed, section="evaluation")
         self.sampler = sampler
-        self.seed = seed
-        self.num_real = num_images if num_real is None else num_real
+        self.num_real = num_real
         self.interval = Interval(every_n_steps, "evaluation.every_n_steps")
-        self._partial: PartialResults | None = None
-        for score in self.scores:
-            score.check(num_images)
-            if score.against == "features":
-                score.check(self.num_real)
-            if score.output == "logits" and not self.extractor_of(score).classifies:
-                raise ValueError(
-                    f"{type(score).__name__} needs an extractor that is a classifier, which "
-                    f"{self.extractor_of(score).name} is not; leave the score out or take Inception"
-                )
-        names = [extractor.name for extractor in self.used]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"evaluation: two extractors are called {', '.join(names)}; a score could not be told apart"
-            )
+        self.training_sampler = training_sampler or sampler
+        self.at_start = at_start
+        self.table = table
+        if training_num_images < 1:
+            raise ValueError(f"evaluation.training_num_images={training_num_images} must be at least 1")
+        self.training_requests = Requests(training_num_images, batch_size, seed=seed, section="evaluation")
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self._scored_at: int | None = None
+        self._check_scores(num_images)
+        if every_n_steps is not None:
+            self._check_scores(training_num_images)
         extractors = {id(e): e for e in (self.extractor, *map(self.extractor_of, self.scores))}
         self.real = {
             id_: RealImages(e, reference if e is self.extractor else None, cache_dir) for id_, e in extractors.items()
         }
 
+    def _check_scores(self, num_images: int) -> None:
+        for score in self.scores:
+            score.check(num_images)
+            if score.against == "features":
+                score.check(self.num_real or num_images)
+            if score.output == "logits" and not self.extractor_of(score).classifies:
+                raise ValueError(
+                    f"{type(score).__name__} needs an extractor that is a classifier, which "
+                    f"{self.extractor_of(score).name} is not; leave the score out or take Inception"
+                )
+        names = [extractor.name for extractor in self.extractors]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"evaluation: two extractors are called {', '.join(names)}; their scores could not be told apart"
+            )
+
     def extractor_of(self, score: Score) -> FeatureExtractor:
-        """Whose features a score is about."""
+        """The extractor whose features a score is computed from."""
         return self.extractor if score.extractor is None else score.extractor
 
     @property
-    def used(self) -> list[FeatureExtractor]:
+    def extractors(self) -> list[FeatureExtractor]:
         """The extractors that some score needs, each once."""
         return list({id(e): e for e in map(self.extractor_of, self.scores)}.values())
 
+    # When
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Finds out what is missing before anything long starts."""
-        wanted = stage == "test" or (stage == "fit" and self.interval.steps is not None)
-        if not wanted or not isinstance(pl_module, DiffusionModule):
+        training = stage == "fit" and self.interval.steps is not None
+        if not (training or stage == "test") or not isinstance(pl_module, Generator):
+            if self.table is not None and stage == "test":
+                raise ValueError(f"evaluation.table: a {type(pl_module).__name__} generates nothing to score")
             return
-        if self.sampler is not None:
-            check_sampler(self.sampler, pl_module.process, "evaluation")
-        for extractor in self.used:
+        for name, sampler in (("sampler", self.sampler), ("training_sampler", self.training_sampler)):
+            if sampler is not None and (training or name == "sampler"):
+                check_section_sampler(pl_module, sampler, "evaluation", name)
+        for extractor in self.extractors:
             self.real[id(extractor)].prepare(trainer)
         for score in self.scores:
+            if score.needs_labels and pl_module.num_classes is None:
+                raise ValueError(
+                    f"{type(score).__name__}: the model has no classes to ask for; leave it out of --evaluation.scores"
+                )
             if score.against == "features":
-                self.real[id(self.extractor_of(score))].require_folder()
-                available = len(self.real[id(self.extractor_of(score))].data(trainer).dataset("train"))
-                score.check(min(self.num_real, available))
+                real = self.real[id(self.extractor_of(score))]
+                real.require_folder()
+                requests = self.training_requests if training else self.requests
+                data = real.data(trainer)
+                score.check(min(self.num_real or requests.num_images, len(data.dataset("train"))))
+                if score.needs_labels and "label" not in data.some([0]):
+                    raise ValueError(
+                        f"{type(score).__name__}: the real images have no classes; leave it out of --evaluation.scores"
+                    )
+        if self.table is not None and stage == "test":
+            self.table.check(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.interval.start(trainer)
+        if self.interval.steps is None or not isinstance(pl_module, Generator):
+            return
+        if self.at_start and trainer.global_step == 0:
+            self._score_training(trainer, pl_module)
+        else:
+            self._real(trainer, pl_module.device, 0, gaussians_only=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        if self.interval.due(trainer) and isinstance(pl_module, DiffusionModule):
-            # Where one of several processes gave up alone, the others would wait for it.
-            with if_possible("evaluation", OSError if trainer.world_size == 1 else SharedOSError):
-                try:
-                    scores = self.evaluate(trainer, pl_module)["scores"]
-                except OSError:
-                    # Parts of these weights' images are of no use to the next.
-                    if self._partial is not None and trainer.is_global_zero:
-                        self._partial.remove()
-                    raise
-                log_metrics(trainer, {**scores, IMAGES_SEEN: images_seen(trainer)})
+        if self.interval.due(trainer) and isinstance(pl_module, Generator):
+            for name, value in list(self._score_training(trainer, pl_module).items())[:1]:
+                pl_module.log(name, value, prog_bar=True, logger=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        done = self._scored_at == trainer.global_step or trainer.interrupted
+        if self.interval.steps is not None and not done and isinstance(pl_module, Generator):
+            self._score_training(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, DiffusionModule) and self.scores:
-            for name, value in self.evaluate(trainer, pl_module)["scores"].items():
-                pl_module.log(name, value, sync_dist=False, rank_zero_only=False)
+        if not isinstance(pl_module, Generator) or not self.scores:
+            return
+        if self.table is not None:
+            fill(self.table, self, trainer, pl_module)
+            return
+        for name, value in self.evaluate(trainer, pl_module)["scores"].items():
+            pl_module.log(name, value, sync_dist=False, rank_zero_only=False)
 
-    def key(self, trainer: L.Trainer, module: DiffusionModule, sampler: Sampler) -> dict[str, Any]:
-        """What features of generated image i depend on, beside i."""
+    def _score_training(self, trainer: L.Trainer, generator: Generator) -> Mapping[str, float]:
+        scores: Mapping[str, float] = {}
+        if not self.scores:
+            return scores
+        # If one of several processes gave up alone, the others would wait for it.
+        with if_possible("evaluation", OSError if trainer.world_size == 1 else SharedOSError):
+            sampler = self.training_sampler or generator.sampler
+            scores = self.evaluate(trainer, generator, sampler, requests=self.training_requests)["scores"]
+            self._scored_at = trainer.global_step
+            log_metrics(trainer, {**scores, IMAGES_SEEN: images_seen(trainer)})
+            self._keep_best(trainer, scores)
+        return scores
+
+    def _keep_best(self, trainer: L.Trainer, scores: Mapping[str, float]) -> None:
+        distances = [self.extractor_of(s).metric_name for s in self.scores if isinstance(s, FrechetDistance)]
+        value = scores.get(distances[0]) if distances else None
+        if value is None or (self.best is not None and value >= self.best):
+            return
+        before = self.best, self.best_step
+        # Before the file is written, which holds them too.
+        self.best, self.best_step = value, trainer.global_step
+        problem: str | None = "interrupted"
+        try:
+            problem = save(trainer, Path(trainer.default_root_dir) / CHECKPOINTS / "best.ckpt")
+        finally:
+            if problem is not None:
+                self.best, self.best_step = before
+        if problem is not None:
+            rank_zero_warn(f"{problem}; training continues")
+
+    def state_dict(self) -> dict[str, Any]:
+        kind = [[type(s).__name__ for s in self.scores], self.extractor.name, self.training_requests.num_images]
         return {
-            "weights": digest(module.state_dict().items()),
-            "process": describe(module.process),
-            "parameterization": describe(module.denoiser.parameterization),
-            "guidance": describe(module.guidance),
-            "sampler": describe(sampler),
-            "seed": self.seed,
-            "batch_size": self.requests.batch_size,
-            "precision": str(trainer.precision),
-            "extractors": [extractor.fingerprint() for extractor in self.used],
+            "best": self.best,
+            "best_step": self.best_step,
+            "scored_at": self._scored_at,
+            "score": [*kind, self.training_requests.seed],
         }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # The best of another kind of score means nothing for this one.
+        if state_dict.get("score") == self.state_dict()["score"]:
+            self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+            self._scored_at = state_dict["scored_at"]
+
+    # What
 
     def evaluate(
         self,
         trainer: L.Trainer,
-        module: DiffusionModule,
+        generator: Generator,
         sampler: Sampler | None = None,
-        checkpoint: Path | str | None = None,
-    ) -> dict[str, Any]:
-        """Scores the averaged weights, or those that the module holds, and writes the result down; collective.
+        requests: Requests | None = None,
+        source: Path | None = None,
+        reuse: bool = False,
+    ) -> Record:
+        """Scores the averaged weights, or those that the generator holds, and puts the result on record; collective.
 
         Args:
-            trainer: Whose processes take part.
-            module: The model.
+            trainer: Its processes take part.
+            generator: Makes the images.
             sampler: Another than the one configured.
-            checkpoint: Where the weights are from, if not from the trainer's.
+            requests: Other images than those of `test`.
+            source: The checkpoint of the weights, if it is not the one that the generator was loaded from.
+            reuse: Whether a record of the same evaluation is taken instead of a new one.
 
         Returns:
             The record, the same on every process; its "scores" are the values by name.
         """
-        sampler = sampler or self.sampler or module.sampler
-        source = checkpoint or trainer.ckpt_path
-        start = time.perf_counter()
-        with module.averaged_weights():
-            key = self.key(trainer, module, sampler)
-            partial = self._partial = PartialResults(Path(trainer.default_root_dir) / FOLDER / key_of(key), key)
-            on_first(trainer, lambda: announce(partial, self.requests))
-            self._generate(trainer, module, sampler, partial)
-            name = module.weights_name
-        gaussians, features = self._real(trainer, module.device)
-
-        def finish() -> dict[str, Any]:
-            columns = partial.columns(len(self.requests), self.requests.num_images)
-            scores = self._scores(columns, gaussians, features, module.device)
-            record = {
-                "what": "images",
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "scores": scores,
-                "checkpoint": None if source is None else str(source),
-                "step": trainer.global_step if trainer.training else module.loaded_step,
-                "weights_name": name,
-                **key,
-                "evaluations": int(columns["evaluations"].min()),
-                "process_seconds": round(float(columns["seconds"].sum()), 3),
-                "seconds": round(time.perf_counter() - start, 3),
-                **self._compared(gaussians),
-                **circumstances(trainer, module),
-            }
-            append_record(Path(trainer.default_root_dir) / RESULTS, record)
-            partial.remove()
-            return record
-
-        record = on_first(trainer, finish)
-        if record is None:
-            raise RuntimeError("the first process sent no result")
-        rank_zero_info(f"{Path(trainer.default_root_dir) / RESULTS}: {summary(record)}")
-        return record
-
-    def _compared(self, gaussians: Mapping[str, Reference]) -> dict[str, Any]:
-        """What scores depend on beside the features of generated images."""
-        return {
-            "num_images": self.requests.num_images,
+        sampler = sampler or self.sampler or generator.sampler
+        requests = requests or self.requests
+        num_real = self.num_real or requests.num_images
+        gaussians, features = self._real(trainer, generator.device, num_real)
+        key = {
+            **generator.described(sampler),
+            "seed": requests.seed,
+            "batch_size": requests.batch_size,
+            "precision": str(trainer.precision),
+            "extractors": [extractor.fingerprint() for extractor in self.extractors],
+        }
+        compared = {
+            "num_images": requests.num_images,
             "scores_of": [describe_score(score) for score in self.scores],
-            "references": [of_reference(gaussian) for gaussian in gaussians.values()],
-            "num_real": self.num_real if any(score.against == "features" for score in self.scores) else None,
+            "references": [describe_reference(gaussian) for gaussian in gaussians.values()],
+            "num_real": num_real if features else None,
         }
 
-    def known(self, trainer: L.Trainer, module: DiffusionModule, sampler: Sampler) -> dict[str, Any] | None:
-        """The newest record of the run that is of the same in every respect, if there is one; collective."""
-        gaussians, _ = self._real(trainer, module.device, only_gaussians=True)
-        with module.averaged_weights():
-            wanted = {**self.key(trainer, module, sampler), **self._compared(gaussians)}
+        def work(batch: int, on_step: StepFn) -> dict[str, Tensor]:
+            request = requests[batch]
+            given = choose_conditions(generator.conditions(), request["index"])
+            images = to_uint8(generator.sample(request["index"].tolist(), requests.seed, sampler, given, on_step))
+            columns = {
+                f"{extractor.name}.{name}": output
+                for extractor in self.extractors
+                for name, output in outputs_in_memory(extractor, images).items()
+            }
+            return columns | ({"label": given["label"]} if "label" in given else {})
 
-        def find() -> dict[str, Any] | None:
-            records: list[dict[str, Any]] = read_records(Path(trainer.default_root_dir) / RESULTS)
-            of_same = [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
-            return of_same[-1] if of_same else None
+        def finish(columns: Mapping[str, Tensor]) -> Record:
+            rows = {name: values[: requests.num_images] for name, values in columns.items() if name != "seconds"}
+            short = [name for name, values in rows.items() if len(values) != requests.num_images]
+            if short:
+                raise RuntimeError(f"{len(rows[short[0]])} rows of {short[0]} instead of {requests.num_images}")
+            scores = self._scores(rows, gaussians, features, generator.device)
+            return {"scores": scores, "evaluations": generator.evaluations(sampler)}
 
-        return on_first(trainer, find)
-
-    def _generate(self, trainer: L.Trainer, module: DiffusionModule, sampler: Sampler, partial: PartialResults) -> None:
-        for extractor in self.used:
-            extractor.to(module.device).eval()
-        with together(trainer), sampling_bar(trainer, module, self.requests, FOLDER):
-            for number in self.requests.share(trainer.global_rank, trainer.world_size):
-                request = self.requests[number]
-                size = len(request["index"])
-                if partial.done(number):
-                    if module.on_sampling_step is not None:
-                        module.on_sampling_step(1, 1)
-                    continue
-                start = time.perf_counter()
-                with counted(module.denoiser) as calls:
-                    images = to_uint8(module.sample(request["index"].tolist(), self.seed, sampler))
-                seconds = elapsed(start, module.device)
-                tensors = {
-                    f"{extractor.name}.{name}": output
-                    for extractor in self.used
-                    for name, output in outputs_in_memory(extractor, images).items()
-                }
-                # Where memory did not suffice, the batch was made in parts.
-                parts = -(-size // (module.sampled_at_once or size))
-                tensors["evaluations"] = torch.full((size,), len(calls) // parts)
-                tensors["seconds"] = torch.full((size,), seconds / size, dtype=torch.float64)
-                partial.save(number, tensors)
+        for extractor in self.extractors:
+            extractor.to(generator.device).eval()
+        with generator.averaged_weights():
+            record = known(trainer, generator, key, compared) if reuse else None
+            if record is None:
+                record = measure(trainer, generator, "images", key, compared, requests, work, finish, source)
+        rank_zero_info(summary(trainer, record))
+        return record
 
     def _real(
-        self, trainer: L.Trainer, device: torch.device, only_gaussians: bool = False
-    ) -> tuple[dict[str, Reference], dict[str, Tensor]]:
-        """What the scores compare with, by the extractor's name."""
-        gaussians, features = {}, {}
+        self, trainer: L.Trainer, device: torch.device, num_real: int, gaussians_only: bool = False
+    ) -> tuple[dict[str, Reference], dict[str, Mapping[str, Tensor]]]:
+        """What the scores compare with, by the extractor's name; collective."""
+        gaussians: dict[str, Reference] = {}
+        features: dict[str, Mapping[str, Tensor]] = {}
         for score in self.scores:
             extractor = self.extractor_of(score)
             real = self.real[id(extractor)]
             if score.against == "gaussian":
                 gaussians[extractor.name] = real.gaussian(trainer, device)
-            elif score.against == "features" and extractor.name not in features and not only_gaussians:
-                features[extractor.name] = real.features(trainer, device, self.num_real)
+            elif score.against == "features" and extractor.name not in features and not gaussians_only:
+                features[extractor.name] = real.features(trainer, device, num_real)
         return gaussians, features
 
     def _scores(
         self,
         generated: Mapping[str, Tensor],
         gaussians: Mapping[str, Reference],
-        features: Mapping[str, Tensor],
+        features: Mapping[str, Mapping[str, Tensor]],
         device: torch.device,
     ) -> dict[str, float]:
         found: dict[str, float] = {}
         for score in self.scores:
             extractor = self.extractor_of(score)
-            of_generated = generated[f"{extractor.name}.{score.output}"].to(device)
-            real = features.get(extractor.name)
-            real = None if real is None else real.to(device)
-            found |= score(of_generated, gaussians.get(extractor.name), real, extractor)
+            real = features.get(extractor.name, {})
+            outputs = generated[f"{extractor.name}.{score.output}"]
+            wrong = int((~outputs.isfinite().all(1)).sum())
+            if wrong:
+                raise NonFinite(f"{score.output} of {wrong} images in {extractor.name} are not finite")
+            evidence = Evidence(
+                generated=outputs.to(device),
+                labels=generated.get("label"),
+                gaussian=gaussians.get(extractor.name),
+                real=real["features"].to(device) if real else None,
+                real_labels=real.get("label"),
+            )
+            found |= score(evidence, extractor)
         return found
-
-
-def announce(partial: PartialResults, requests: Requests) -> None:
-    """Opens a folder of partial results and says what of it is done already, or that others do not count."""
-    done = sum(partial.path(number).is_file() for number in range(len(requests)))
-    if done:
-        images = min(done * requests.batch_size, requests.num_images)
-        rank_zero_info(f"evaluation: going on after {images:,} of {requests.num_images:,} images in {partial.folder}")
-    else:
-        for folder, names in partial.others():
-            rank_zero_info(f"evaluation: {folder} is unfinished, but of another {', '.join(names)}; starting anew")
-    partial.open()
-
-
-@contextmanager
-def counted(denoiser: nn.Module) -> Iterator[list[None]]:
-    """Collects one entry for each call of a denoiser inside the context: the network's hooks see none if compiled."""
-    calls: list[None] = []
-    hook = denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-def elapsed(start: float, device: torch.device) -> float:
-    """Seconds since `start`, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def describe_score(score: Score) -> dict[str, Any]:
@@ -330,7 +344,7 @@ def describe_score(score: Score) -> dict[str, Any]:
     return {name: value for name, value in describe(score).items() if name != "extractor"}
 
 
-def of_reference(reference: Reference) -> dict[str, Any]:
+def describe_reference(reference: Reference) -> dict[str, Any]:
     """What a reference is, with a hash of its numbers."""
     return {
         "name": reference.name,
@@ -340,26 +354,8 @@ def of_reference(reference: Reference) -> dict[str, Any]:
     }
 
 
-def circumstances(trainer: L.Trainer, module: DiffusionModule) -> dict[str, Any]:
-    """Where and with what something was computed."""
-    return {
-        "processes": trainer.world_size,
-        "execution": asdict(getattr(trainer, "execution", Execution())),
-        "device": device_name(module.device),
-        "versions": {"python": platform.python_version(), **{package: version_of(package) for package in PACKAGES}},
-        "config": module.config,
-    }
-
-
-def version_of(package: str) -> str:
-    """A package's version; of a tree that is used without being installed, that word."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "uninstalled"
-
-
-def summary(record: Mapping[str, Any]) -> str:
+def summary(trainer: L.Trainer, record: Record) -> str:
     """A record's scores on one line."""
     values = ", ".join(f"{name} {value:.6g}" for name, value in record["scores"].items())
-    return f"{values} ({record['num_images']:,} images, {record['evaluations']} evaluations each)"
+    where = f"step {record['step']}" if trainer.training else str(Path(trainer.default_root_dir) / "results.jsonl")
+    return f"{where}: {values} ({record['num_images']:,} images, {record['evaluations']} evaluations each)"

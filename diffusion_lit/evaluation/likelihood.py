@@ -1,9 +1,7 @@
 """The variational bound in `test`: bits per dimension of real images, over all processes."""
 
 import csv
-import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +10,31 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from diffusion_lit.callbacks.collective import on_first, together
-from diffusion_lit.callbacks.progress import sampling_bar
-from diffusion_lit.data.base import ImageData, Split
-from diffusion_lit.diffusion import FixedLarge, ImageNoise, ReverseVariance
+from diffusion_lit.data import ImageData
+from diffusion_lit.data.dataset import Split
+from diffusion_lit.diffusion import DiscreteProcess, FixedLarge, Process, ReverseVariance
 from diffusion_lit.diffusion.likelihood import Bound, bits_per_dim
-from diffusion_lit.evaluation.evaluation import FOLDER, announce, circumstances, elapsed
-from diffusion_lit.evaluation.partial import PartialResults
-from diffusion_lit.generation import Requests, check_seed
+from diffusion_lit.evaluation.measure import Record, measure
+from diffusion_lit.generator import Requests
 from diffusion_lit.images import from_uint8
-from diffusion_lit.memory import as_of_whole, in_memory
+from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.module import DiffusionModule
-from diffusion_lit.records import RESULTS, append_record, describe, digest, key_of
+from diffusion_lit.records import describe
+from diffusion_lit.types import StepFn
 
 
 class Likelihood(L.Callback):
     """Bounds -log2 p(x_0) / D of real images in `test`, with its parts and its curve over t.
 
-    The parts: `prior` L_T, `terms` L_1 .. L_{T-1} together, `decoder` L_0. The curve goes to
-    <run>/bits_per_dim_<split>.csv and .png, everything else to a line of <run>/results.jsonl. Images are unflipped; the
-    noise of image i depends on (seed, i) alone; what was done when a run stopped is not done again.
+    The parts: `prior` L_T, `terms` L_1 + ... + L_{T-1}, `decoder` L_0. The curve goes to <run>/bits_per_dim_<split>.csv
+    and .png, everything else to a line of <run>/results.jsonl. Images are not flipped; the noise of image i depends on
+    (seed, i) alone; what was done when a run stopped is not done again.
 
     Args:
         split: "test" or "train"; null: the bound is not computed.
         num_images: The first so many images; null: all.
-        num_terms: Terms evaluated for each image, of the T - 1 there are: an estimate without bias for long chains;
-            null: all.
+        num_terms: Terms evaluated for each image, of the T - 1 there are: an unbiased estimate for long chains; null:
+            all.
         batch_size: Images at once by each process.
         variance: The reverse variance; null: the sampler's own if it has one, else `FixedLarge`.
         clip: Whether predictions of x_0 are clipped to [-1, 1]; the paper's code does.
@@ -59,10 +56,10 @@ class Likelihood(L.Callback):
         clip: bool = True,
         seed: int = 0,
     ) -> None:
-        for name, value in (("num_images", num_images), ("num_terms", num_terms), ("batch_size", batch_size)):
+        for name, value in (("num_images", num_images), ("num_terms", num_terms)):
             if value is not None and value < 1:
                 raise ValueError(f"likelihood.{name}={value} must be at least 1")
-        check_seed("likelihood.seed", seed)
+        Requests(1, batch_size, seed=seed, section="likelihood")
         self.split = split
         self.num_images = num_images
         self.num_terms = num_terms
@@ -73,129 +70,132 @@ class Likelihood(L.Callback):
         self._at_once = batch_size
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raises ValueError if there are no such images or the process has not that many terms."""
-        if stage != "test" or self.split is None or not isinstance(pl_module, DiffusionModule):
+        """Raises ValueError if there are no such images, or the process has no such terms."""
+        if stage != "test" or self.split is None:
             return
-        self._data(trainer).dataset(self.split)
-        terms = pl_module.process.num_steps - 1
+        if not isinstance(pl_module, DiffusionModule):
+            raise ValueError(f"likelihood: a {type(pl_module).__name__} has no likelihood; leave likelihood.split out")
+        image_data(trainer).dataset(self.split)
+        terms = chain(pl_module.process).num_steps - 1
+        if not pl_module.codec.bounded:
+            raise ValueError("likelihood: the bound is of pixels, and the model diffuses latents")
         if self.num_terms is not None and self.num_terms > terms:
             raise ValueError(f"likelihood.num_terms={self.num_terms} exceeds the {terms} terms of the process")
-
-    def _data(self, trainer: L.Trainer) -> ImageData:
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ImageData):
-            raise ValueError("bits per dimension are of real images: give --data")
-        return data
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.split is not None and isinstance(pl_module, DiffusionModule):
             for name, value in self.evaluate(trainer, pl_module, self.split)["scores"].items():
                 pl_module.log(name, value, sync_dist=False, rank_zero_only=False)
 
-    def evaluate(self, trainer: L.Trainer, module: DiffusionModule, split: Split) -> dict[str, Any]:
-        """Computes the bound and writes it down; collective.
+    def evaluate(self, trainer: L.Trainer, module: DiffusionModule, split: Split) -> Record:
+        """Computes the bound and puts it on record; collective.
 
         Returns:
             The record, the same on every process; its "scores" are the values by name.
         """
-        data = self._data(trainer)
+        data = image_data(trainer)
         images = data.dataset(split)
         count = min(self.num_images or len(images), len(images))
-        requests = Requests(count, min(self.batch_size, count))
+        requests = Requests(count, min(self.batch_size, count), seed=self.seed)
         variance = self.variance or getattr(module.sampler, "variance", None) or FixedLarge()
-        start = time.perf_counter()
-        with module.averaged_weights():
-            key = {
-                "weights": digest(module.state_dict().items()),
-                "process": describe(module.process),
-                "parameterization": describe(module.denoiser.parameterization),
-                "guidance": describe(module.guidance),
-                "variance": describe(variance),
-                "clip": self.clip,
-                "num_terms": self.num_terms,
-                "images": [images.name, images.fingerprint()],
-                "seed": self.seed,
-                "batch_size": self.batch_size,
-                "precision": str(trainer.precision),
-            }
-            partial = PartialResults(Path(trainer.default_root_dir) / FOLDER / key_of(key), key)
-            on_first(trainer, lambda: announce(partial, requests))
-            with together(trainer), sampling_bar(trainer, module, requests, "bits/dim"):
-                for number in requests.share(trainer.global_rank, trainer.world_size):
-                    if not partial.done(number):
-                        asked = range(number * requests.batch_size, min((number + 1) * requests.batch_size, count))
-                        partial.save(number, self._bound(module, data, split, list(asked), variance))
-            name = module.weights_name
+        num_steps = chain(module.process).num_steps
+        described = {name: value for name, value in module.described(module.sampler).items() if name != "sampler"}
+        key = {
+            **described,
+            "variance": describe(variance),
+            "clip": self.clip,
+            "num_terms": self.num_terms,
+            "images": [images.name, images.fingerprint()],
+            # The last batch is not filled up, so that what is kept of it depends on the number of images.
+            "num_images": count,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "precision": str(trainer.precision),
+        }
 
-        def finish() -> dict[str, Any]:
-            columns = partial.columns(len(requests))
-            total = columns["total"]
-            num_terms = module.process.num_steps - 1 if self.num_terms is None else self.num_terms
-            curve = curve_of(columns["sums"].sum(0), columns["counts"].sum(0))
+        def work(batch: int, on_step: StepFn) -> dict[str, Tensor]:
+            indices = range(batch * requests.batch_size, min((batch + 1) * requests.batch_size, count))
+            return self._bound(module, data, split, list(indices), variance, on_step)
+
+        def finish(columns: Mapping[str, Tensor]) -> Record:
             path = Path(trainer.default_root_dir) / f"bits_per_dim_{split}"
-            write_curve(curve, module.process.num_steps, path)
-            parts = {
-                "bits_per_dim": total.mean(),
-                "bits_per_dim_prior": columns["prior"].mean(),
-                "bits_per_dim_terms": (total - columns["prior"] - columns["decoder"]).mean(),
-                "bits_per_dim_decoder": columns["decoder"].mean(),
-                "bits_per_dim_standard_error": total.std() / len(total) ** 0.5,
-            }
-            record = {
-                "what": "likelihood",
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "scores": {f"{split}/{part}": float(value) for part, value in parts.items()},
-                "num_images": len(total),
-                "evaluations": num_terms + 1,
+            write_curve(curve_of(columns["sums"].sum(0), columns["counts"].sum(0)), num_steps, path)
+            return {
+                "scores": {f"{split}/{part}": value for part, value in parts_of(columns).items()},
+                "num_images": len(columns["total"]),
+                "evaluations": (num_steps - 1 if self.num_terms is None else self.num_terms) + 1,
                 "curve": f"{path.name}.csv",
-                "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-                "step": module.loaded_step,
-                "weights_name": name,
-                **key,
-                "process_seconds": round(float(columns["seconds"].sum()), 3),
-                "seconds": round(time.perf_counter() - start, 3),
-                **circumstances(trainer, module),
             }
-            append_record(Path(trainer.default_root_dir) / RESULTS, record)
-            partial.remove()
-            return record
 
-        record = on_first(trainer, finish)
-        if record is None:
-            raise RuntimeError("the first process sent no result")
+        with module.averaged_weights():
+            record = measure(trainer, module, "likelihood", key, {}, requests, work, finish)
         value = record["scores"][f"{split}/bits_per_dim"]
         rank_zero_info(f"{split}: {value:.4f} bits/dim over {record['num_images']:,} images")
         return record
 
     def _bound(
-        self, module: DiffusionModule, data: ImageData, split: Split, indices: list[int], variance: ReverseVariance
+        self,
+        module: DiffusionModule,
+        data: ImageData,
+        split: Split,
+        indices: list[int],
+        variance: ReverseVariance,
+        on_step: StepFn,
     ) -> dict[str, Tensor]:
-        start = time.perf_counter()
         batch = data.some(indices, split)
         x0 = from_uint8(batch["image"].to(module.device))
         condition = {"label": batch["label"]} if "label" in batch and module.num_classes is not None else {}
+        process = chain(module.process)
 
-        def work(some: slice, part: int, parts: int) -> dict[str, Tensor]:
+        def work(chosen: slice, part: int, num_parts: int) -> dict[str, Tensor]:
             bound = bits_per_dim(
-                module.bind({name: value[some] for name, value in condition.items()}),
-                x0[some],
-                module.process,
+                module.bind({name: value[chosen] for name, value in condition.items()}),
+                x0[chosen],
+                process,
                 variance,
-                ImageNoise(self.seed, indices[: len(x0)][some], module.image_shape, module.device).draw,
+                module.noise(indices[: len(x0)][chosen], self.seed).draw,
                 self.num_terms,
                 self.clip,
-                as_of_whole(module.on_sampling_step, part, parts),
+                shift_steps(on_step, part, num_parts),
             )
             values = {"total": bound.total, "prior": bound.prior, "decoder": bound.decoder}
-            return {**values, **sums_by_entry(bound, module.process.num_steps)}
+            return {**values, **sums_by_entry(bound, process.num_steps)}
 
         with module.evaluating():
             parts, self._at_once = in_memory(work, len(x0), self._at_once, "in the likelihood")
-        seconds = elapsed(start, module.device) / max(len(x0), 1)
-        return {
-            "seconds": torch.full((len(x0),), seconds, dtype=torch.float64),
-            **{name: torch.cat([part[name] for part in parts]) for name in parts[0]},
-        }
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def image_data(trainer: L.Trainer) -> ImageData:
+    """The trainer's data; raises ValueError if they are no images of ours."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, ImageData):
+        raise ValueError("bits per dimension are of real images: give --data")
+    return data
+
+
+def chain(process: Process) -> DiscreteProcess:
+    """The process, which must be a chain; raises ValueError if it is not."""
+    if not isinstance(process, DiscreteProcess):
+        raise ValueError(
+            f"likelihood: {type(process).__name__} is no chain of steps, over which the bound is a sum; "
+            "leave likelihood.split out"
+        )
+    return process
+
+
+def parts_of(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """The bound and its parts, bits per dimension, over all images."""
+    total = columns["total"]
+    parts: dict[str, Any] = {
+        "bits_per_dim": total.mean(),
+        "bits_per_dim_prior": columns["prior"].mean(),
+        "bits_per_dim_terms": (total - columns["prior"] - columns["decoder"]).mean(),
+        "bits_per_dim_decoder": columns["decoder"].mean(),
+    }
+    if len(total) > 1:
+        parts["bits_per_dim_standard_error"] = total.std() / len(total) ** 0.5
+    return {name: float(value) for name, value in parts.items()}
 
 
 def sums_by_entry(bound: Bound, num_steps: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Results of single batches on disk, so that what was interrupted goes on where it stopped."""
+"""Results of single batches on disk, so that what was interrupted continues where it stopped."""
 
 import json
 import shutil
@@ -18,8 +18,8 @@ KEY = "key.json"
 class PartialResults:
     """A folder with one file of tensors for each batch that is done.
 
-    Files are written whole or not at all and belong to batches, not to processes: another number of processes can go
-    on.
+    Files are written whole or not at all and belong to batches, not to processes: another number of processes can
+    continue.
 
     Args:
         folder: Where to.
@@ -58,11 +58,11 @@ class PartialResults:
         """Whether a batch's tensors are there and can be read."""
         return self.path(batch).is_file() and self.load(batch) is not None
 
-    def columns(self, num_batches: int, count: int | None = None) -> dict[str, Tensor]:
-        """The tensors of batches 0 .. num_batches - 1, one after the other, cut to `count` rows; None: all.
+    def columns(self, num_batches: int) -> dict[str, Tensor]:
+        """The tensors of batches 0 .. num_batches - 1, joined along their rows.
 
         Raises:
-            RuntimeError: If one is missing or there are fewer rows.
+            RuntimeError: If one is missing.
         """
         parts: dict[str, list[Tensor]] = {}
         for batch in range(num_batches):
@@ -71,11 +71,7 @@ class PartialResults:
                 raise RuntimeError(f"{self.path(batch)} is missing: all processes must see one file system")
             for name, tensor in tensors.items():
                 parts.setdefault(name, []).append(tensor)
-        whole = {name: torch.cat(tensors)[:count] for name, tensors in parts.items()}
-        short = [name for name, tensor in whole.items() if count is not None and len(tensor) != count]
-        if short:
-            raise RuntimeError(f"{self.folder}: {len(whole[short[0]])} rows of {short[0]} instead of {count}")
-        return whole
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
     def others(self) -> list[tuple[Path, list[str]]]:
         """Unfinished results of other keys beside this one, each with the names of what differs."""

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from diffusion_lit.callbacks.collective import on_first, reduce_sum, together
-from diffusion_lit.data.base import ImageData
+from diffusion_lit.callbacks.collective import on_rank_zero, raise_together, reduce_sum
+from diffusion_lit.data import ImageData
 from diffusion_lit.evaluation.partial import PartialResults
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.reference import (
@@ -43,22 +43,22 @@ class RealImages:
         self._gaussian: Reference | None = None
 
     def prepare(self, trainer: L.Trainer) -> None:
-        """Gets hold of the extractor's weights, or says on all processes why it cannot, before anything long starts.
+        """Loads the extractor's weights, or raises on all processes, before anything long starts.
 
         Raises:
             FileNotFoundError: If the reference file is not there.
             RuntimeError: If the weights cannot be had.
         """
         if self.reference_file is not None and not Path(self.reference_file).is_file():
-            raise FileNotFoundError(f"frechet.reference={self.reference_file}: there is no such file")
-        on_first(trainer, self.extractor.prepare, of_machine=True)
+            raise FileNotFoundError(f"evaluation.reference={self.reference_file}: there is no such file")
+        on_rank_zero(trainer, self.extractor.prepare, per_machine=True)
         self.extractor.prepare()
 
     def data(self, trainer: L.Trainer) -> ImageData:
         """The trainer's data; raises ValueError if it has none."""
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, ImageData):
-            raise ValueError("a score needs real images: give --data, or statistics by --frechet.reference")
+            raise ValueError("a score needs real images: give --data, or statistics by --evaluation.reference")
         return data
 
     def gaussian(self, trainer: L.Trainer, device: torch.device, batch_size: int = BATCH) -> Reference:
@@ -100,13 +100,16 @@ class RealImages:
         except OSError as error:
             raise ValueError(
                 f"{self._folder()} cannot hold features of real images ({error.strerror}); choose another folder by "
-                "--frechet.cache_dir or $DIFFUSION_LIT_CACHE"
+                "--evaluation.cache_dir or $DIFFUSION_LIT_CACHE"
             ) from error
 
-    def features(self, trainer: L.Trainer, device: torch.device, count: int) -> Tensor:
-        """Features of `count` images, (M, D), float32, on the CPU; collective.
+    def features(self, trainer: L.Trainer, device: torch.device, count: int) -> dict[str, Tensor]:
+        """Features of `count` images; collective.
 
-        Which ones is drawn once and for all; all of them where there are no more. Kept where statistics are.
+        Which images is drawn once and for all; all of them where there are no more. Kept where statistics are.
+
+        Returns:
+            On the CPU: "features", (M, D), float32, and "label", int64 (M,), if the images have classes.
         """
         data = self.data(trainer)
         images = data.dataset("train")
@@ -118,20 +121,22 @@ class RealImages:
             "count": count,
         }
         kept = PartialResults(self._folder() / key_of(key), key)
-        with together(trainer):
+        with raise_together(trainer):
             if trainer.local_rank == 0:
                 kept.open()
         self.extractor.to(device).eval()
-        batches = chosen_batches(len(images), count)
-        with together(trainer):
+        batches = choose_batches(len(images), count)
+        with raise_together(trainer):
             for number in range(trainer.global_rank, len(batches), trainer.world_size):
                 if not kept.done(number):
-                    chosen = data.some(batches[number])["image"].to(device)
-                    kept.save(number, {"features": outputs_in_memory(self.extractor, chosen)["features"]})
-        return kept.columns(len(batches), None)["features"]
+                    batch = data.some(batches[number])
+                    features = outputs_in_memory(self.extractor, batch["image"].to(device))["features"]
+                    labels = {"label": batch["label"]} if "label" in batch else {}
+                    kept.save(number, {"features": features, **labels})
+        return kept.columns(len(batches))
 
 
-def chosen_batches(available: int, count: int) -> Sequence[list[int]]:
-    """`count` of the numbers below `available`, always the same ones, in batches; where all are wanted, in order."""
+def choose_batches(available: int, count: int) -> Sequence[list[int]]:
+    """`count` of the numbers below `available`, always the same ones, in batches; all of them are in order."""
     order = np.random.default_rng(0).permutation(available)[:count] if count < available else np.arange(available)
     return [order[start : start + BATCH].tolist() for start in range(0, count, BATCH)]

@@ -1,22 +1,12 @@
-"""Tables of one score over samplers, averages or training steps, filled for a checkpoint.
+"""The tables there are: DDIM's, every sampler, averages of the weights, training steps, guidance scales."""
 
-A table is a list of cells; each is an evaluation of its own, written to the run's results, and one that is there
-already is not computed again.
-"""
-
-import csv
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import lightning.pytorch as L
-from lightning.pytorch.utilities import rank_zero_info
-
-from diffusion_lit.callbacks.checkpoints import FOLDER, read_checkpoint, run_of
-from diffusion_lit.callbacks.collective import on_first
+from diffusion_lit.checkpoint import FOLDER, RAW, read_checkpoint, run_of, snapshots
 from diffusion_lit.diffusion import (
     DDIM,
     Ancestral,
@@ -25,14 +15,15 @@ from diffusion_lit.diffusion import (
     FixedSmall,
     Grid,
     Heun,
+    Linear,
     Quadratic,
     Sampler,
 )
-from diffusion_lit.evaluation.evaluation import Evaluation
-from diffusion_lit.module import DiffusionModule
+from diffusion_lit.evaluation.table import Cell, Filled, Line, Table, draw_rows
+from diffusion_lit.generator import Generator
+from diffusion_lit.records import describe
 
 SIGMA_HAT = "sigma-hat"
-RAW = "raw"
 PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
     "cifar10": {
         "0": {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04},
@@ -50,57 +41,8 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
     },
 }
 """FID over 50,000 images. Source: Song et al. 2021 (DDIM), table 1."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One evaluation of a table.
-
-    Attributes:
-        row: Its row.
-        column: Its column.
-        sampler: How images are generated; None: as the evaluation has it.
-        checkpoint: Whose weights; None: those that are loaded.
-        weights: Which of its weights: "averaged", "raw" or a decay; None: those that are loaded.
-        published: What the paper has there.
-    """
-
-    row: str
-    column: str
-    sampler: Sampler | None = None
-    checkpoint: Path | None = None
-    weights: str | None = None
-    published: float | None = None
-
-
-Filled: TypeAlias = Sequence[tuple[Cell, Mapping[str, Any]]]
-"""Cells with their records."""
-
-
-class Table(ABC):
-    """What to evaluate, and how to show it.
-
-    Attributes:
-        name: Of the files: <run>/table_<name>.md, .csv and .png.
-        corner: What rows and columns are.
-        columns: The option that chooses columns.
-    """
-
-    name: str
-    corner: str
-    columns: str = "steps"
-
-    @abstractmethod
-    def cells(self, checkpoint: Path) -> list[Cell]:
-        """All cells, row by row, for a checkpoint; raises ValueError if there are none."""
-
-    @abstractmethod
-    def draw(self, figure: Any, filled: Filled, score: str) -> None:
-        """Plots a score on a matplotlib figure."""
-
-    def caption(self) -> str:
-        """A sentence for under the table; may be empty."""
-        return ""
+NETWORKS = {"cifar10": 35_746_307, "celeba64": 78_700_803}
+"""Numbers of weights of the networks of this table."""
 
 
 class DDIMTable(Table):
@@ -112,7 +54,8 @@ class DDIMTable(Table):
         sigma_hat: Whether there is the row of ancestral sampling with the larger variance.
         grid: Which times; the paper's is quadratic for CIFAR-10, uniform for CelebA.
         clip: Whether predicted images are clipped; the paper's are not.
-        published: Whose published values stand beside: "cifar10", "celeba64", or null for none.
+        published: Whose published values stand beside, "cifar10" or "celeba64", where data, features, process and
+            network are the paper's; null: none.
 
     Raises:
         ValueError: If there are no steps or no rows, or an eta lies outside [0, 1].
@@ -161,12 +104,24 @@ class DDIMTable(Table):
         draw_rows(figure, filled, score, names)
 
     def caption(self) -> str:
-        beside = (
-            ""
-            if self.published is None
-            else (f" In brackets the FID that Song et al. 2021 published for {self.published} (50,000 images).")
+        return f"{type(self.grid).__name__} grid, predictions {'' if self.clip else 'not '}clipped."
+
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        return f"In brackets the FID that Song et al. 2021 published for {self.published} (50,000 images)."
+
+    def compares(self, generator: Generator, record: Mapping[str, Any]) -> bool:
+        """Whether the data are CIFAR-10 or CelebA, the features Inception's, and process and network the paper's."""
+        names = [str(reference["name"]).lower().replace("-", "") for reference in record["references"]]
+        process, denoiser = record.get("process") or {}, getattr(generator, "denoiser", None)
+        return (
+            self.published is not None
+            and any(self.published.removesuffix("64") in name for name in names)
+            and "fid" in record["scores"]
+            and (process.get("num_steps"), process.get("schedule")) == (1000, describe(Linear()))
+            and denoiser is not None
+            and sum(p.numel() for p in denoiser.parameters()) == NETWORKS[self.published]
         )
-        return f"{type(self.grid).__name__} grid, predictions {'' if self.clip else 'not '}clipped.{beside}"
 
 
 class SamplerTable(Table):
@@ -232,29 +187,6 @@ def with_steps(sampler: Sampler, steps: int) -> Sampler:
     return other
 
 
-class Line(Table):
-    """A table of one column, drawn over numbers."""
-
-    axis: str
-    scale = "linear"
-
-    def draw(self, figure: Any, filled: Filled, score: str) -> None:
-        axes = figure.subplots()
-        points = [(self.place(cell.row), record["scores"][score], cell.row) for cell, record in filled]
-        placed = [(place, value) for place, value, _ in points if place is not None]
-        axes.plot(*zip(*placed, strict=True), marker="o")
-        for place, value, row in points:
-            if place is None:
-                axes.axhline(value, linestyle="--", color="grey", label=row)
-                axes.legend(fontsize=8)
-        axes.set(xlabel=self.axis, ylabel=score, xscale=self.scale)
-        axes.grid(alpha=0.3, which="both")
-
-    @abstractmethod
-    def place(self, row: str) -> float | None:
-        """Where a row stands on the axis; None: it is a level."""
-
-
 class AverageTable(Line):
     """Every average of the weights that a checkpoint holds, and the raw weights.
 
@@ -290,7 +222,7 @@ class StepTable(Line):
     axis = "optimiser step"
 
     def cells(self, checkpoint: Path) -> list[Cell]:
-        files = sorted((run_of(checkpoint) / FOLDER).glob("step_" + 8 * "[0-9]" + ".ckpt"))
+        files = snapshots(run_of(checkpoint))
         if not files:
             raise ValueError(
                 f"{run_of(checkpoint) / FOLDER} holds no step_<n>.ckpt; train with --checkpoints.keep_every_n_steps"
@@ -301,120 +233,67 @@ class StepTable(Line):
         return float(row)
 
 
-def draw_rows(figure: Any, filled: Filled, score: str, names: Mapping[str, str]) -> None:
-    """Plots a curve for each row over network evaluations, and over time."""
-    left, right = figure.subplots(1, 2, sharey=True)
-    for row in dict.fromkeys(cell.row for cell, _ in filled):
-        records = [record for cell, record in filled if cell.row == row]
-        values = [record["scores"][score] for record in records]
-        left.plot([record["evaluations"] for record in records], values, marker="o", label=names[row])
-        right.plot([seconds_per_image(record) for record in records], values, marker="o")
-    left.set(xlabel="network evaluations", ylabel=score)
-    right.set(xlabel="seconds per image and process")
-    left.legend(fontsize=8)
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
+class GuidanceTable(Line):
+    """Fidelity against diversity as the guidance scale grows: a row per scale, a column per score.
 
-
-def seconds_per_image(record: Mapping[str, Any]) -> float:
-    """Of generating, on one process."""
-    return float(record["process_seconds"] / record["num_images"])
-
-
-class Tabulator(L.Callback):
-    """Fills a table in `test`.
+    Score it with `--evaluation.scores '[FrechetDistance, Agreement, PrecisionRecall]'`.
 
     Args:
-        evaluation: Scores the cells; its first score stands in the table, all of them in the .csv file.
-        table: Which cells.
-        checkpoint: Of the model.
-    """
-
-    def __init__(self, evaluation: Evaluation, table: Table, checkpoint: Path) -> None:
-        self.evaluation = evaluation
-        self.table = table
-        self.cells = table.cells(checkpoint)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Looks at every cell before the first is computed."""
-        if not isinstance(pl_module, DiffusionModule):
-            raise ValueError(f"table: the checkpoint is of a {type(pl_module).__name__}, which generates nothing")
-        for cell in self.cells:
-            if cell.sampler is not None:
-                try:
-                    cell.sampler.times(pl_module.process)
-                except ValueError as error:
-                    reason = str(error).partition(";")[0]
-                    raise ValueError(
-                        f"table: column {cell.column}: {reason}; choose others by --table.{self.table.columns}"
-                    ) from None
-        self.evaluation.setup(trainer, pl_module, stage)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not isinstance(pl_module, DiffusionModule):
-            return
-        filled = []
-        for number, cell in enumerate(self.cells, start=1):
-            rank_zero_info(f"table {self.table.name}: {cell.row}, {cell.column} ({number} of {len(self.cells)})")
-            if cell.checkpoint is not None:
-                load_weights(pl_module, cell.checkpoint, cell.weights)
-            sampler = cell.sampler or self.evaluation.sampler or pl_module.sampler
-            record = self.evaluation.known(trainer, pl_module, sampler)
-            if record is None:
-                record = self.evaluation.evaluate(trainer, pl_module, sampler, cell.checkpoint)
-            filled.append((cell, record))
-            on_first(trainer, lambda: write(self.table, filled, Path(trainer.default_root_dir)))
-        rank_zero_info((Path(trainer.default_root_dir) / f"table_{self.table.name}.md").read_text())
-
-
-def load_weights(module: DiffusionModule, path: Path, weights: str | None) -> None:
-    """Puts weights of another checkpoint into a model.
+        scales: Of the model's own guidance.
 
     Raises:
-        ValueError: If they are of another architecture or not in the checkpoint.
+        ValueError: If there are no scales.
+
+    Sources: Ho & Salimans 2022, figure 4; Dhariwal & Nichol 2021, figure 4.
     """
-    checkpoint = read_checkpoint(path)
-    module.load_weights = weights or module.load_weights
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
 
+    name = "guidance"
+    corner = "scale"
+    axis = "guidance scale"
+    columns = "scales"
 
-def write(table: Table, filled: Filled, run_dir: Path) -> None:
-    """Writes <run>/table_<name>.md, .csv and .png of the cells that are there."""
-    from matplotlib.figure import Figure
+    def __init__(self, scales: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)) -> None:
+        if not scales:
+            raise ValueError("table: give at least one of --evaluation.table.scales")
+        self.scales = list(scales)
 
-    score = next(iter(filled[0][1]["scores"]))
-    path = run_dir / f"table_{table.name}.md"
-    path.write_text("\n".join(markdown(table, filled, score)) + "\n")
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        names = list(filled[0][1]["scores"])
-        writer = csv.writer(file)
-        writer.writerow(["row", "column", *names, "published", "evaluations", "seconds_per_image", "num_images"])
-        for cell, record in filled:
-            values = [record["scores"].get(name) for name in names]
-            rest = [record["evaluations"], seconds_per_image(record), record["num_images"]]
-            writer.writerow([cell.row, cell.column, *values, cell.published, *rest])
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    table.draw(figure, filled, score)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    def cells(self, checkpoint: Path) -> list[Cell]:
+        return [Cell(f"{scale:g}", "score") for scale in self.scales]
 
+    def check(self, generator: Generator) -> None:
+        super().check(generator)
+        guidance = getattr(generator, "guidance", None)
+        if not hasattr(guidance, "scale"):
+            raise ValueError(
+                "table: the model is not guided; choose a guidance by --model.guidance, or train a guided model, "
+                "configs/digits_cfg.yaml for example"
+            )
 
-def markdown(table: Table, filled: Filled, score: str) -> list[str]:
-    """The table in Markdown, a line each; cells that are not there are empty."""
-    columns = list(dict.fromkeys(cell.column for cell, _ in filled))
-    rows = list(dict.fromkeys(cell.row for cell, _ in filled))
-    texts = {}
-    for cell, record in filled:
-        published = "" if cell.published is None else f" ({cell.published:g})"
-        texts[cell.row, cell.column] = f"{record['scores'][score]:.4g}{published}"
-    record = filled[-1][1]
-    of = ", ".join(f"{reference['count']:,} of {reference['name']}" for reference in record["references"])
-    return [
-        f"`{score}` of {record['num_images']:,} images" + (f" against {of}" if of else "") + f". {table.caption()}",
-        "",
-        f"| {table.corner} | {' | '.join(columns)} |",
-        f"|{'---|' * (len(columns) + 1)}",
-        *(f"| {row} | {' | '.join(texts.get((row, column), '') for column in columns)} |" for row in rows),
-    ]
+    @contextmanager
+    def applied(self, cell: Cell, generator: Generator) -> Iterator[None]:
+        guidance: Any = generator.guidance
+        before = guidance.scale
+        guidance.scale = float(cell.row)
+        try:
+            yield
+        finally:
+            guidance.scale = before
+
+    def place(self, row: str) -> float | None:
+        return float(row)
+
+    def draw(self, figure: Any, filled: Filled, score: str) -> None:
+        """Plots every score, those in [0, 1] on one axis and the first on another."""
+        axes = figure.subplots()
+        scales = [float(cell.row) for cell, _ in filled]
+        others = [name for name in filled[0][1]["scores"] if name != score]
+        for name in others:
+            axes.plot(scales, [record["scores"][name] for _, record in filled], marker="o", label=name)
+        axes.set(xlabel=self.axis)
+        first = axes.twinx() if others else axes
+        values = [record["scores"][score] for _, record in filled]
+        first.plot(scales, values, marker="s", color="black", linestyle="--")
+        first.set_ylabel(f"{score} (dashed)")
+        if others:
+            axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)

@@ -6,7 +6,6 @@ from diffusion_lit.metrics.features import (
     Inception,
     Pixels,
     WeightsUnavailable,
-    as_extractor,
     exact_float32,
 )
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, frechet_distance, one_process
@@ -18,11 +17,21 @@ from diffusion_lit.metrics.reference import (
     compute_reference,
     default_cache_dir,
 )
-from diffusion_lit.metrics.scores import KID, FrechetDistance, InceptionScore, PrecisionRecall, Score
+from diffusion_lit.metrics.scores import (
+    KID,
+    Agreement,
+    Evidence,
+    FrechetDistance,
+    InceptionScore,
+    PrecisionRecall,
+    Score,
+)
 
 __all__ = [
     "KID",
+    "Agreement",
     "DINOv2",
+    "Evidence",
     "FeatureExtractor",
     "FeatureMoments",
     "FrechetDistance",
@@ -35,7 +44,6 @@ __all__ = [
     "Score",
     "WeightsUnavailable",
     "WrongImageCount",
-    "as_extractor",
     "cache_path",
     "cached_reference",
     "compute_reference",

@@ -1,8 +1,7 @@
 """Image features: what a Fréchet distance compares.
 
 An extractor maps 8-bit images to float32 vectors. `Inception` gives the published FID; `Pixels` needs no
-weights and serves tests and machines without a network; `as_extractor` makes one of any module with
-`num_features`.
+weights and serves tests and machines without a network.
 """
 
 import hashlib
@@ -201,31 +200,6 @@ class Pixels(FeatureExtractor):
             return nn.functional.adaptive_avg_pool2d(images.float() / 255, self.size).flatten(1)
 
 
-class _Adapter(FeatureExtractor):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        num_features = getattr(module, "num_features", None)
-        if not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(
-                f"{type(module).__name__}.num_features is {num_features!r}; give it the dimension of its "
-                "features, a positive integer"
-            )
-        self.name = type(module).__name__.lower()
-        self.num_features = num_features
-        self.module = module
-
-    def forward(self, images: Tensor) -> Tensor:
-        with exact_float32(images.device):
-            features: Tensor = self.module(images)
-        if features.shape != (len(images), self.num_features):
-            raise ValueError(
-                f"{type(self.module).__name__} gave features of shape {tuple(features.shape)} for "
-                f"{len(images)} images; num_features={self.num_features} asks for "
-                f"{(len(images), self.num_features)}"
-            )
-        return features.float()
-
-
 def outputs_in_memory(extractor: FeatureExtractor, images: Tensor) -> dict[str, Tensor]:
     """What an extractor says of 8-bit images, (B, C, H, W), as `outputs`; out of memory, in halves, quarters and so on.
 
@@ -236,20 +210,6 @@ def outputs_in_memory(extractor: FeatureExtractor, images: Tensor) -> dict[str, 
         lambda some, *_: extractor.outputs(images[some]), len(images), len(images), f"in {extractor.name}"
     )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def as_extractor(module: nn.Module) -> FeatureExtractor:
-    """Any module that maps uint8 images, (B, C, H, W), to features, (B, num_features), as an extractor.
-
-    Args:
-        module: An extractor, returned as it is, or a module with an integer `num_features`, which is named by
-            its class in lower case. Either is put into evaluation mode.
-
-    Raises:
-        ValueError: If the module has no positive integer `num_features`.
-    """
-    extractor = module if isinstance(module, FeatureExtractor) else _Adapter(module)
-    return extractor.eval()
 
 
 @contextmanager
@@ -321,7 +281,7 @@ def _inception(path: Path) -> nn.Module:
 def _remedy() -> str:
     return (
         f"pass torch-fidelity's {_file_name(URL_INCEPTION_V3)} by "
-        "--frechet.extractor.init_args.weights PATH, or do without by --frechet.extractor Pixels"
+        "--evaluation.extractor.weights PATH, or do without by --evaluation.extractor Pixels"
     )
 
 

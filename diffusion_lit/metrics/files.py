@@ -1,23 +1,45 @@
-"""Files that other processes read while they are written."""
+"""Files that appear whole or not at all."""
 
+import fcntl
+import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file beside `path` for writing, which becomes `path` at the end, or vanishes at an error.
+    """Opens a new file beside `path`, renamed to `path` at the end or removed at an error.
 
-    So a reader finds all of it or nothing, and of several writers the last one wins.
+    A reader therefore finds the whole file or none, and of several writers the last one wins. What a killed process
+    left behind is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    remove_abandoned(path)
+    while True:
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        with part.open("w+b") as file:
+            try:
+                with suppress(OSError):  # Without locks on this file system, nobody removes the file.
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_nlink == 0:
+                    continue  # Removed by another process before it was locked.
+                yield file
+                file.flush()
+                part.replace(path)
+                return
+            finally:
+                part.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes the unfinished files of `whole_file(path)` whose process was killed; a living one holds a lock."""
+    if not path.parent.is_dir():
+        return
+    for part in path.parent.iterdir():
+        if part.name.startswith(f".{path.name}.") and part.name.endswith(".part"):
+            with suppress(OSError), part.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()

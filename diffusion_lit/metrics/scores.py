@@ -1,12 +1,14 @@
-"""What is said of generated images as a set.
+"""Scores of a set of generated images.
 
-The Fréchet distance is ours, in float64 (`frechet`); the others are torch-fidelity's functions of features, with its
-defaults, so that a figure is what its users call by that name.
+The Fréchet distance is ours, in float64 (`frechet`); Inception score, KID, precision and recall are torch-fidelity's
+functions of features, with its defaults, so that a figure is what its users call by that name.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
+import numpy as np
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -18,22 +20,44 @@ from diffusion_lit.metrics.reference import Reference
 
 Against: TypeAlias = Literal["nothing", "gaussian", "features"]
 CHUNK = 1024
+MOST_JUDGED = 10_000
 SHUFFLE = 2020
 """torch-fidelity's seed of the order in which it splits and draws."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a score is computed from.
+
+    Attributes:
+        generated: Outputs of the extractor for generated images, (N, D), float32.
+        labels: The classes that were asked for, int64 (N,), if any.
+        gaussian: Fitted to the features of real images, where `Score.against` asks for it.
+        real: Features of real images, (M, D), float32, where `Score.against` asks for them.
+        real_labels: Their classes, int64 (M,), if they have any.
+    """
+
+    generated: Tensor
+    labels: Tensor | None = None
+    gaussian: Reference | None = None
+    real: Tensor | None = None
+    real_labels: Tensor | None = None
 
 
 class Score(ABC):
     """One figure, or a few that belong together, of a set of generated images.
 
     Attributes:
-        against: What of the real images it is compared with: a Gaussian fitted to all of them, the features of some, or
-            nothing.
-        output: Which of `FeatureExtractor.outputs` it is about.
-        extractor: Its own, None: that of the evaluation.
+        against: What generated images are compared with: a Gaussian fitted to all real images, the features of some of
+            them, or nothing.
+        output: Which of `FeatureExtractor.outputs` it is computed from.
+        needs_labels: Whether it needs the classes of generated and of real images.
+        extractor: Its own; None: that of the evaluation.
     """
 
     against: ClassVar[Against]
     output: ClassVar[str] = "features"
+    needs_labels: ClassVar[bool] = False
 
     def __init__(self, extractor: FeatureExtractor | None = None) -> None:
         self.extractor = extractor
@@ -43,19 +67,18 @@ class Score(ABC):
         """Raises ValueError if so many images, generated or real, are too few."""
 
     @abstractmethod
-    def __call__(
-        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
-    ) -> dict[str, float]:
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
         """Computes the score.
 
         Args:
-            generated: Features of generated images, (N, D), float32.
-            gaussian: Fitted to the real images' features, where `against` asks for it.
-            real: Features of real images, (M, D), float32, where `against` asks for them.
-            extractor: Made them; names the results.
+            evidence: Generated and real images, as the extractor sees them.
+            extractor: Names the results.
 
         Returns:
             Values by name.
+
+        Raises:
+            ValueError: If the evidence lacks something that the score needs.
         """
 
 
@@ -74,9 +97,8 @@ class FrechetDistance(Score):
         if num_images < 2:
             raise ValueError(f"evaluation.num_images={num_images}: a Fréchet distance needs at least 2")
 
-    def __call__(
-        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
-    ) -> dict[str, float]:
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
+        generated, gaussian = evidence.generated, evidence.gaussian
         if gaussian is None:
             raise ValueError("a Fréchet distance needs the real images' statistics")
         moments = FeatureMoments(generated.shape[1], generated.device)
@@ -118,10 +140,8 @@ class InceptionScore(Score):
                 "generate more, or lower `splits`"
             )
 
-    def __call__(
-        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
-    ) -> dict[str, float]:
-        found = isc_features_to_metric(generated, self.splits, shuffle=True, rng_seed=SHUFFLE)
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
+        found = isc_features_to_metric(evidence.generated, self.splits, shuffle=True, rng_seed=SHUFFLE)
         return {
             extractor.scalar("inception_score"): found["inception_score_mean"],
             extractor.scalar("inception_score_std"): found["inception_score_std"],
@@ -158,12 +178,10 @@ class KID(Score):
                 "evaluation.num_images, or lower `subset_size`"
             )
 
-    def __call__(
-        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
-    ) -> dict[str, float]:
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
         found = kid_features_to_metric(
-            generated,
-            real,
+            evidence.generated,
+            evidence.real,
             kid_subsets=self.subsets,
             kid_subset_size=self.subset_size,
             rng_seed=SHUFFLE,
@@ -202,10 +220,55 @@ class PrecisionRecall(Score):
         if num_images <= self.neighbours:
             raise ValueError(f"{num_images} images do not have {self.neighbours} neighbours each; take more images")
 
-    def __call__(
-        self, generated: Tensor, gaussian: Reference | None, real: Tensor | None, extractor: FeatureExtractor
-    ) -> dict[str, float]:
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
         found = prc_features_to_metric(
-            generated, real, prc_neighborhood=self.neighbours, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+            evidence.generated,
+            evidence.real,
+            prc_neighborhood=self.neighbours,
+            prc_batch_size=10_000,
+            save_cpu_ram=True,
+            verbose=False,
         )
         return {extractor.scalar(name): found[name] for name in ("precision", "recall")}
+
+
+class Agreement(Score):
+    """How often a classifier of features sees the class that was asked for.
+
+    The classifier, a support-vector machine, is trained on one half of at most 10,000 real images; the share of the
+    other half that it recognises is given too, as the most that can be expected.
+
+    Args:
+        extractor: Another than the evaluation's.
+
+    Source: none; figure 4 of Ho & Salimans 2022 plots the Inception score instead.
+    """
+
+    against = "features"
+    needs_labels = True
+
+    def check(self, num_images: int) -> None:
+        if num_images < 4:
+            raise ValueError(f"{num_images} images are too few to train a classifier and to try it; take more images")
+
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
+        from sklearn.svm import SVC
+
+        if evidence.labels is None:
+            raise ValueError("Agreement: no classes were asked for; leave the score out, or score a model with classes")
+        if evidence.real is None or evidence.real_labels is None:
+            raise ValueError("Agreement: the real images have no classes to train a classifier on; leave the score out")
+        real, labels = evidence.real.cpu().numpy(), evidence.real_labels.numpy()
+        order = np.random.default_rng(SHUFFLE).permutation(len(real))[:MOST_JUDGED]
+        seen, unseen = order[: len(order) // 2], order[len(order) // 2 :]
+        if len(np.unique(labels[seen])) < 2:
+            raise ValueError(
+                f"Agreement: the {len(seen)} real images that the classifier is trained on are of one class; raise "
+                "--evaluation.num_real"
+            )
+        judge = SVC().fit(real[seen], labels[seen])
+        agreement = judge.score(evidence.generated.cpu().numpy(), evidence.labels.numpy())
+        return {
+            extractor.scalar("agreement"): float(agreement),
+            extractor.scalar("agreement_real"): float(judge.score(real[unseen], labels[unseen])),
+        }

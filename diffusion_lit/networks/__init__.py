@@ -1,7 +1,8 @@
-"""Networks, which know nothing of diffusion: (x, time, condition) -> output; and classifiers."""
+"""Networks, (x, time, condition) -> output, which do not depend on the diffusion process; and classifiers."""
 
-from diffusion_lit.networks.adm import ADMUNet, NoisyClassifier
-from diffusion_lit.networks.classifier import ConvClassifier
+from diffusion_lit.networks.adm import ADMUNet
+from diffusion_lit.networks.attention import attention_control
+from diffusion_lit.networks.classifier import ConvClassifier, NoisyClassifier
 from diffusion_lit.networks.unet import UNet
 
-__all__ = ["ADMUNet", "ConvClassifier", "NoisyClassifier", "UNet"]
+__all__ = ["ADMUNet", "ConvClassifier", "NoisyClassifier", "UNet", "attention_control"]

@@ -1,6 +1,4 @@
-"""The pieces of the DDPM U-Net: time embedding, residual block, self-attention, changes of resolution; and what other
-U-Nets share with it.
-"""
+"""Layers of the DDPM U-Net, and functions that all U-Nets here share."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,14 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_lit.networks.attention import Attention, count_heads
+
 
 def init_conv(conv: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
-    """Uniform variance-scaling over the mean of fan-in and fan-out, and no bias.
+    """Initializes a layer by uniform variance scaling over the mean of fan-in and fan-out, and its bias with zeros.
 
     Args:
         conv: The layer, changed in place.
-        scale: Variance relative to Glorot's; DDPM starts the last layer of each branch at 1e-10, so that
-            every block begins as the identity.
+        scale: Variance relative to Glorot's. DDPM uses 1e-10 for the last layer of each residual branch, so that
+            every block starts as the identity.
 
     Source: Ho et al. 2020, appendix B and its code.
     """
@@ -27,7 +27,7 @@ def init_conv(conv: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
 
 
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
-    """[sin, cos] of the time at frequencies from 1 down to 1e-4, geometrically spaced, both ends included.
+    """Embeds times as [sin, cos] at geometrically spaced frequencies, from 1 to 1e-4 inclusive.
 
     Args:
         time: (B,), in steps of the chain, not scaled to [0, 1].
@@ -43,7 +43,7 @@ def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
 
 
 def cosine_sine_embedding(time: Tensor, width: int) -> Tensor:
-    """[cos, sin] of the time at width / 2 frequencies 10,000^(-2i / width), of which 1 is the first.
+    """Embeds times as [cos, sin] at the frequencies 10,000^(-2i / width), 0 <= i < width / 2.
 
     Args:
         time: (B,), in steps of the chain, not scaled to [0, 1].
@@ -59,74 +59,50 @@ def cosine_sine_embedding(time: Tensor, width: int) -> Tensor:
 
 
 def _angles(time: Tensor, count: int, denominator: int) -> Tensor:
-    """The time multiplied by 10,000^(-i / denominator), i < count; (B, count)."""
+    """The times multiplied by 10,000^(-i / denominator), 0 <= i < count; (B, count)."""
     exponents = torch.arange(count, device=time.device, dtype=torch.float32) / denominator
     return time.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation as the DDPM code has it, eps 1e-6."""
+    """Group normalization with the eps of the DDPM code, 1e-6."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def count_heads(channels: int, num_heads: int, head_channels: int | None = None) -> int:
-    """How many heads attention over so many channels has.
-
-    Args:
-        channels: Of the attention.
-        num_heads: That many, unless head_channels is given.
-        head_channels: As many heads as have so many channels each.
-
-    Raises:
-        ValueError: If the channels cannot be split so.
-    """
-    asked = f"num_heads={num_heads}" if head_channels is None else f"heads of head_channels={head_channels}"
-    divisor = num_heads if head_channels is None else head_channels
-    if divisor < 1 or channels % divisor:
-        raise ValueError(f"attention: {channels} channels cannot be split into {asked}; use a divisor")
-    return num_heads if head_channels is None else channels // head_channels
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of every query to all keys.
-
-    Args:
-        q: Queries, (B, heads, channels per head, queries).
-        k: Keys, (B, heads, channels per head, positions).
-        v: Values, shaped as the keys.
-
-    Returns:
-        The shape of q.
-    """
-
-    def channels_last(y: Tensor) -> Tensor:
-        # Strided inputs would silently select a slow kernel on the CPU.
-        return y.transpose(2, 3).contiguous()
-
-    return F.scaled_dot_product_attention(channels_last(q), channels_last(k), channels_last(v)).transpose(2, 3)
 
 
 def check_shape(
     network: str,
     image_size: int,
     width: int,
-    multipliers: Sequence[int],
+    multipliers: Sequence[int | float],
     num_blocks: int,
     attention: Sequence[int],
     dropout: float,
     num_groups: int,
     ends: dict[str, int],
 ) -> None:
-    """Refuses hyper-parameters that make no U-Net. They are those of `UNet`; messages begin with `network`.
-    `ends` holds the channels of its input and output, by name.
+    """Checks the arguments of a U-Net.
+
+    Args:
+        network: Class name, with which messages begin.
+        image_size: As for `UNet`, like the arguments that follow.
+        width: Base number of channels.
+        multipliers: Channels of each resolution, as multiples of `width`.
+        num_blocks: Residual blocks per resolution.
+        attention: Resolutions with attention.
+        dropout: Dropout probability.
+        num_groups: Groups of the normalization layers.
+        ends: Channels of the input and of the output, by argument name.
 
     Raises:
-        ValueError: If the image size cannot be halved often enough, channels cannot be divided into groups, an
-            attention resolution does not occur, or dropout lies outside [0, 1).
+        ValueError: If the image size cannot be halved often enough, channels are not whole multiples of `num_groups`,
+            an attention resolution does not occur, `dropout` lies outside [0, 1), or a number is below 1.
     """
+    if not multipliers:
+        raise ValueError(f"{network}: multipliers=[] must hold at least 1 number, one per resolution")
+    for name, count in {"num_blocks": num_blocks, **ends}.items():
+        if count < 1:
+            raise ValueError(f"{network}: {name}={count} must be at least 1")
     halvings = len(multipliers) - 1
-    if halvings < 0 or num_blocks < 1 or min(multipliers, default=1) < 1:
-        raise ValueError(f"{network}: multipliers={list(multipliers)} and num_blocks={num_blocks} must be at least 1")
     if image_size < 1 or image_size % 2**halvings:
         raise ValueError(
             f"{network}: image_size={image_size} cannot be halved {halvings} times; "
@@ -138,6 +114,14 @@ def check_shape(
         raise ValueError(
             f"{network}: num_groups={num_groups} does not divide width={width}; make width a multiple of num_groups"
         )
+    for multiplier in multipliers:
+        groups = width * multiplier / num_groups
+        # Written so that NaN and infinity are refused too.
+        if not (groups > 0.5 and min(groups % 1, 1 - groups % 1) < 1e-6):
+            raise ValueError(
+                f"{network}: multiplier {multiplier} of width={width} makes {width * multiplier:g} channels; "
+                f"choose multipliers that make whole multiples of num_groups={num_groups}"
+            )
     resolutions = [image_size >> i for i in range(halvings + 1)]
     for resolution in attention:
         if resolution not in resolutions:
@@ -145,21 +129,26 @@ def check_shape(
                 f"{network}: attention at {resolution} pixels, but the resolutions are {resolutions}; "
                 "choose attention from these"
             )
-    for name, count in ends.items():
-        if count < 1:
-            raise ValueError(f"{network}: {name}={count} must be at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"{network}: dropout={dropout} must lie in [0, 1); DDPM uses 0.1 for CIFAR-10")
 
 
+def level_channels(width: int, multipliers: Sequence[int | float]) -> list[int]:
+    """Channels at each resolution, from full to coarsest; `check_shape` has checked that they are whole numbers."""
+    return [round(width * multiplier) for multiplier in multipliers]
+
+
 def run_block(block: Callable[..., Tensor], *inputs: object, recompute: bool) -> Tensor:
-    """What a block makes of its inputs.
+    """Calls a block, optionally with gradient checkpointing.
 
     Args:
         block: A function or module.
-        inputs: Its arguments, in order.
-        recompute: Whether, for gradients, the inputs alone are kept and the block is run again on the way back, with
-            the same dropout. Gradients are the same.
+        inputs: Its positional arguments.
+        recompute: Whether to keep the inputs alone for the backward pass and to run the block again there, with the
+            same dropout. The gradients are the same.
+
+    Returns:
+        The output of the block.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
@@ -169,14 +158,14 @@ def run_block(block: Callable[..., Tensor], *inputs: object, recompute: bool) ->
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around the time embedding, with a skip connection.
+    """Residual block of two 3x3 convolutions; the time embedding is added between them.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         time_width: Length of the time embedding.
-        dropout: Before the second convolution, in [0, 1).
-        groups: Of the normalisation.
+        dropout: Dropout probability before the second convolution, in [0, 1).
+        groups: Groups of the normalization layers.
 
     Source: Ho et al. 2020, appendix B.
     """
@@ -205,13 +194,16 @@ class ResBlock(nn.Module):
         return cast(Tensor, h + (x if self.nin_shortcut is None else self.nin_shortcut(x)))
 
 
-class SelfAttention(nn.Module):
-    """Every position attends to every other, with a skip connection.
+class SelfAttention(Attention):
+    """Self-attention over all positions of a feature map, with a skip connection.
 
     Args:
-        channels: Of input and output.
-        heads: How many parts the channels are split into.
-        groups: Of the normalisation.
+        channels: Channels of input and output.
+        heads: Number of attention heads.
+        groups: Groups of the normalization layer.
+
+    Raises:
+        ValueError: If the channels cannot be divided into heads.
 
     Source: Ho et al. 2020, appendix B (one head).
     """
@@ -232,12 +224,12 @@ class SelfAttention(nn.Module):
         """x: (B, C, H, W). Returns the same shape."""
         h = self.norm(x)
         split = (x.shape[0], self.heads, x.shape[1] // self.heads, -1)
-        h = attend(self.q(h).reshape(split), self.k(h).reshape(split), self.v(h).reshape(split))
+        h = self.attend(self.q(h).reshape(split), self.k(h).reshape(split), self.v(h).reshape(split))
         return x + cast(Tensor, self.proj_out(h.reshape(x.shape)))
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution, padded on the right and below only (DDPM code)."""
+    """Halves the resolution by a strided convolution, padded on the right and at the bottom only (DDPM code)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -250,7 +242,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by repeating pixels, then convolves."""
+    """Doubles the resolution by nearest-neighbor interpolation, followed by a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The U-Net of DDPM."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,18 @@ from diffusion_lit.networks.layers import (
     check_shape,
     group_norm,
     init_conv,
+    level_channels,
     run_block,
     sinusoidal_embedding,
 )
-from diffusion_lit.types import Condition
+from diffusion_lit.types import Condition, Network
+
+MakeBlock: TypeAlias = Callable[[int, int], ResBlock]
+MakeAttention: TypeAlias = Callable[[int], SelfAttention]
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention if this resolution has it, and the way out."""
+    """The blocks of one resolution, their attention layers if there are any, and the change to the next resolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,13 +36,13 @@ class Level(nn.Module):
         self.upsample: Upsample | None = None
 
     def apply_block(self, i: int, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Block i, given the channels of h and of skip, and, if there is one, its attention."""
+        """Runs block i on the channels of `h` and `skip`, and then its attention layer if there is one."""
         h = self.block[i](h if skip is None else torch.cat([h, skip], dim=1), embedding)
         return cast(Tensor, self.attn[i](h)) if len(self.attn) else h
 
 
 class Middle(nn.Module):
-    """The coarsest resolution, between the way down and the way up."""
+    """The middle of the network, at the coarsest resolution."""
 
     def __init__(self, block_1: ResBlock, attn_1: SelfAttention, block_2: ResBlock) -> None:
         super().__init__()
@@ -51,28 +55,29 @@ class Middle(nn.Module):
         return cast(Tensor, self.block_2(self.attn_1(self.block_1(h, embedding)), embedding))
 
 
-class UNet(nn.Module):
-    """A U-Net over images, told a time. Submodules are named as in the authors' PyTorch code (DDIM), so that
-    published weights fit by name.
+class UNet(Network):
+    """The U-Net of DDPM, conditioned on the time only.
+
+    Submodules have the names of the authors' PyTorch code (DDIM), so that published weights load by name.
 
     Args:
-        image_size: Height and width of the images; must halve len(multipliers) - 1 times.
-        in_channels: Of the images.
-        out_channels: Of the output; None: as many as in_channels.
-        width: Channels at full resolution, a multiple of num_groups.
-        multipliers: Channels at each resolution, from full to coarsest, as multiples of width.
-        num_blocks: Residual blocks per resolution on the way down; one more on the way up.
-        attention: Resolutions (heights in pixels) with self-attention after every block; the coarsest always
-            has one in the middle.
-        num_heads: Attention heads.
-        dropout: In the residual blocks, in [0, 1).
-        num_groups: Groups of the normalisation.
-        checkpoint_blocks: Whether, for gradients, a block's inputs alone are kept and what lies in it is computed
-            again: less memory, a third more arithmetic.
+        image_size: Height and width of the images, divisible by 2^(number of multipliers - 1).
+        in_channels: Channels of the images.
+        out_channels: Channels of the output; None: `in_channels`.
+        width: Base number of channels, a multiple of `num_groups`.
+        multipliers: Channels at each resolution, from full to coarsest, as multiples of `width`; may be fractions.
+        num_blocks: Residual blocks per resolution in the encoder; the decoder has one more.
+        attention: Resolutions (heights in pixels) with self-attention after every block; the middle of the network
+            always has self-attention.
+        num_heads: Number of attention heads.
+        dropout: Dropout probability in the residual blocks, in [0, 1).
+        num_groups: Groups of the normalization layers; every resolution's channels are a multiple of it.
+        checkpoint_blocks: Whether to recompute the blocks in the backward pass instead of keeping their activations:
+            less memory, a third more arithmetic.
 
     Raises:
         ValueError: If the image size cannot be halved often enough, channels cannot be divided into groups or
-            heads, an attention resolution does not occur, or dropout lies outside [0, 1).
+            heads, an attention resolution does not occur, or `dropout` lies outside [0, 1).
 
     Source: Ho et al. 2020, appendix B. The defaults are its CIFAR-10 network, 35.7 M parameters.
     """
@@ -83,7 +88,7 @@ class UNet(nn.Module):
         in_channels: int = 3,
         out_channels: int | None = None,
         width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
+        multipliers: Sequence[int | float] = (1, 2, 2, 2),
         num_blocks: int = 2,
         attention: Sequence[int] = (16,),
         num_heads: int = 1,
@@ -99,55 +104,76 @@ class UNet(nn.Module):
         self.width = width
         self.checkpoint_blocks = checkpoint_blocks
         time_width = 4 * width
-        channels = [width * m for m in multipliers]
-        resolutions = [image_size >> i for i in range(len(channels))]
-
-        def res_block(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, time_width, dropout, num_groups)
-
-        def self_attention(c: int) -> SelfAttention:
-            return SelfAttention(c, num_heads, num_groups)
-
         self.temb = nn.Module()
         self.temb.dense = nn.ModuleList([nn.Linear(width, time_width), nn.Linear(time_width, time_width)])
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         for layer in (*self.temb.dense, self.conv_in):
             init_conv(cast(nn.Linear, layer))
 
-        skips = [width]
-        c = width
-        self.down = nn.ModuleList()
-        for i, (c_level, resolution) in enumerate(zip(channels, resolutions, strict=True)):
+        def block(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, time_width, dropout, num_groups)
+
+        def attention_layer(c: int) -> SelfAttention:
+            return SelfAttention(c, num_heads, num_groups)
+
+        channels = level_channels(width, multipliers)
+        has_attention = [image_size >> i in attention for i in range(len(channels))]
+        self.down, skips = self._encoder(channels, has_attention, num_blocks, block, attention_layer)
+        c = channels[-1]
+        self.mid = Middle(block(c, c), attention_layer(c), block(c, c))
+        self.up = self._decoder(channels, has_attention, num_blocks, block, attention_layer, skips)
+
+        self.norm_out = group_norm(channels[0], num_groups)
+        self.conv_out = nn.Conv2d(channels[0], ends["out_channels"], 3, padding=1)
+        init_conv(self.conv_out, scale=1e-10)
+
+    def _encoder(
+        self,
+        channels: list[int],
+        has_attention: list[bool],
+        num_blocks: int,
+        block: MakeBlock,
+        attention_layer: MakeAttention,
+    ) -> tuple[nn.ModuleList, list[int]]:
+        """The levels from full resolution to the coarsest, and the channels of the skip connections."""
+        levels = nn.ModuleList()
+        skips = [self.width]
+        for i, c in enumerate(channels):
             level = Level()
             for _ in range(num_blocks):
-                level.block.append(res_block(c, c_level))
-                c = c_level
-                if resolution in attention:
-                    level.attn.append(self_attention(c))
+                level.block.append(block(skips[-1], c))
+                if has_attention[i]:
+                    level.attn.append(attention_layer(c))
                 skips.append(c)
             if i < len(channels) - 1:
                 level.downsample = Downsample(c)
                 skips.append(c)
-            self.down.append(level)
+            levels.append(level)
+        return levels, skips
 
-        self.mid = Middle(res_block(c, c), self_attention(c), res_block(c, c))
-
-        levels_up = []
-        for i, (c_level, resolution) in reversed(list(enumerate(zip(channels, resolutions, strict=True)))):
+    @staticmethod
+    def _decoder(
+        channels: list[int],
+        has_attention: list[bool],
+        num_blocks: int,
+        block: MakeBlock,
+        attention_layer: MakeAttention,
+        skips: list[int],
+    ) -> nn.ModuleList:
+        """The levels of the way back, made from the coarsest on and stored from full resolution on."""
+        levels = []
+        c_in = channels[-1]
+        for i, c in reversed(list(enumerate(channels))):
             level = Level()
             for _ in range(num_blocks + 1):
-                level.block.append(res_block(c + skips.pop(), c_level))
-                c = c_level
-                if resolution in attention:
-                    level.attn.append(self_attention(c))
+                level.block.append(block(c_in + skips.pop(), c))
+                c_in = c
+                if has_attention[i]:
+                    level.attn.append(attention_layer(c))
             if i > 0:
                 level.upsample = Upsample(c)
-            levels_up.append(level)
-        self.up = nn.ModuleList(reversed(levels_up))
-
-        self.norm_out = group_norm(c, num_groups)
-        self.conv_out = nn.Conv2d(c, in_channels if out_channels is None else out_channels, 3, padding=1)
-        init_conv(self.conv_out, scale=1e-10)
+            levels.append(level)
+        return nn.ModuleList(reversed(levels))
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
         """Maps noisy images to the network's output.
@@ -155,7 +181,7 @@ class UNet(nn.Module):
         Args:
             x: (B, in_channels, image_size, image_size).
             time: (B,), float32, in steps of the chain.
-            condition: Not used: this network is unconditional.
+            condition: Ignored; this network is unconditional.
 
         Returns:
             (B, out_channels, image_size, image_size).

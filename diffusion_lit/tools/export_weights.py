@@ -1,4 +1,4 @@
-"""A checkpoint's weights in a form that others read.
+"""Writes a checkpoint's weights in a form that other programs read.
 
 python -m diffusion_lit export runs/x/checkpoints/last.ckpt --to diffusers --out pipeline/
 python -m diffusion_lit export runs/x/checkpoints/last.ckpt --to safetensors --out weights/ --weights raw
@@ -10,39 +10,22 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 
-from diffusion_lit.callbacks.checkpoints import read_checkpoint, restore
-from diffusion_lit.module import AVERAGED, DiffusionModule
-from diffusion_lit.networks import UNet
+from diffusion_lit.checkpoint import AVERAGED, load_model, read_checkpoint
+from diffusion_lit.codec import Pixels
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.tools import scheduler, unet2d
+from diffusion_lit.tools.tensor_names import to_diffusers
 
 DIFFUSERS_VERSION = "0.42.1"
 
 
-def restored(path: str, weights: str) -> DiffusionModule:
-    """A checkpoint's model with one of its sets of weights.
-
-    Args:
-        path: The checkpoint.
-        weights: "averaged", "raw", or the decay of a further average.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint of a diffusion model, or has no such weights.
-    """
-    model = restore(path, DiffusionModule).eval()
-    checkpoint = dict(read_checkpoint(path))
-    model.load_weights = weights
-    model.on_load_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
-    return model
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a configuration as diffusers keeps it."""
+    """Writes a configuration as diffusers does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -50,14 +33,19 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_diffusers(model: DiffusionModule, folder: Path) -> None:
     """Writes a `DDPMPipeline`, which `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` read.
 
+    For a network with classes it is network and scheduler alone: these pipelines pass no labels.
+
     Raises:
         ValueError: If diffusers has no such network or process.
     """
-    network = model.denoiser.network
-    if type(network) is not UNet:
+    network = cast(UNet | ADMUNet, model.denoiser.network)
+    if type(network) not in (UNet, ADMUNet):
         raise ValueError(
-            f"diffusers has no {type(network).__name__}: only a UNet becomes a pipeline; use --to safetensors"
+            f"diffusers has no {type(network).__name__}: its UNet2DModel can be a UNet or an ADMUNet; "
+            "use --to safetensors"
         )
+    if type(model.codec) is not Pixels:
+        raise ValueError(f"diffusers has no pipeline of a {unet2d.CLASS} with a {type(model.codec).__name__}")
     version = {"_diffusers_version": DIFFUSERS_VERSION}
     unet = unet2d.configuration(network)
     schedule = scheduler.configuration(model.process, model.denoiser.parameterization, model.sampler, network)
@@ -67,16 +55,21 @@ def write_diffusers(model: DiffusionModule, folder: Path) -> None:
         "scheduler": ["diffusers", scheduler.DDPM_CLASS],
         "unet": ["diffusers", unet2d.CLASS],
     }
-    write_json(folder / "model_index.json", index)
+    if not has_classes(model):
+        write_json(folder / "model_index.json", index)
     write_json(folder / "scheduler" / "scheduler_config.json", {**schedule, **version})
     write_json(folder / "unet" / "config.json", {**unet, **version})
-    save_file(
-        unet2d.to_diffusers(network), folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
-    )
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(to_diffusers(network), file, metadata={"format": "pt"})
+
+
+def has_classes(model: DiffusionModule) -> bool:
+    """Whether the network of a model takes labels."""
+    return getattr(model.denoiser.network, "num_classes", None) is not None
 
 
 def write_safetensors(model: DiffusionModule, folder: Path, checkpoint: dict[str, Any], weights: str) -> None:
-    """Writes model.safetensors: the network's tensors by its own names, and what they are as metadata."""
+    """Writes model.safetensors: the network's tensors by its own names, and as metadata what they are."""
     network = model.denoiser.network
     metadata = {
         "format": "pt",
@@ -91,10 +84,10 @@ def write_safetensors(model: DiffusionModule, folder: Path, checkpoint: dict[str
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Has a folder written beside its place and puts it there once it is complete.
+    """Writes a folder beside its place and renames it once it is complete.
 
     Raises:
-        ValueError: If there is something in its place.
+        ValueError: If the folder holds something.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something already; choose another folder with --out")
@@ -110,19 +103,22 @@ def main(args: Sequence[str]) -> None:
     """Writes a checkpoint's weights in another form.
 
     Raises:
-        ValueError: If they have no such form, the checkpoint lacks them, or the folder is not empty.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the model has no such form, the checkpoint lacks the weights, or the folder is not empty.
     """
     parser = argparse.ArgumentParser(prog="diffusion_lit export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", help="of a diffusion model")
     parser.add_argument("--to", required=True, choices=("diffusers", "safetensors"), help="the form")
     parser.add_argument("--out", required=True, help="the folder to write, new or empty")
     parser.add_argument("--weights", default=AVERAGED, help="averaged, raw, or the decay of a further average")
+    parser.add_argument("--trust", action="append", default=[], help="a module or class that the checkpoint may name")
     given = parser.parse_args(args)
-    model = restored(given.checkpoint, given.weights)
+    model = load_model(given.checkpoint, DiffusionModule, given.weights, given.trust)
     out = Path(os.path.abspath(given.out))
     if given.to == "diffusers":
         write_whole(out, lambda folder: write_diffusers(model, folder))
     else:
         checkpoint = read_checkpoint(given.checkpoint)
         write_whole(out, lambda folder: write_safetensors(model, folder, checkpoint, given.weights))
-    print(given.out)
+    labels = "; its network takes class_labels, which diffusers' pipelines do not pass: call it in a loop of your own"
+    print(f"{given.out}{labels if given.to == 'diffusers' and has_classes(model) else ''}")

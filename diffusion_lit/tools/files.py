@@ -1,4 +1,4 @@
-"""Files from elsewhere, read without executing anything in them, and what they hold checked before it is used."""
+"""Reads files of weights without executing anything in them, and checks what they hold before it is used."""
 
 import json
 import pickle
@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion_lit.module import RAW
+from diffusion_lit.checkpoint import AVERAGED, RAW
 
 LISTED = 20
 
 
 def read(path: Path) -> object:
-    """What a file of weights holds, on the CPU: tensors by name of a .safetensors file, of any other what was pickled.
+    """Reads a file of weights on the CPU.
+
+    Returns:
+        Tensors by name for a .safetensors file; for any other file the object that was pickled.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -46,8 +49,16 @@ def read(path: Path) -> object:
         raise ValueError(f"{path} is damaged, or no file of tensors ({' '.join(str(error).split())[:200]})") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads the metadata of a .safetensors file that `read` has read; empty for any other file."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -55,17 +66,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: str | bytes, source: Path | str) -> dict[str, Any]:
+    """Reads an object in JSON.
+
+    Raises:
+        ValueError: If it is anything else; names the source.
+    """
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; a configuration of diffusers is one")
+        raise ValueError(f"{source} holds no JSON object, which a configuration is")
     return value
 
 
 def is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
-    """Whether a value is tensors by name, one at least."""
+    """Whether a value is a mapping from names to tensors, with one at least."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -73,16 +93,19 @@ def is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
     )
 
 
-def choose_state(held: object, weights: str | None, source: Path) -> dict[str, Tensor]:
-    """The tensors by name in what a published PyTorch checkpoint holds.
+def choose_state(held: object, weights: str | None, source: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Chooses one set of weights from the content of a published PyTorch checkpoint.
 
-    That is tensors by name, or a list, such as DDIM's code writes, in which raw weights come first and averaged ones,
-    if there are any, later. Names lose the "module." that DataParallel gave them.
+    That is tensors by name, or a list, as DDIM's code writes it, in which averaged weights, if there are any, come
+    after the raw ones.
 
     Args:
         held: From `read`.
-        weights: "averaged" or "raw"; None: averaged ones where there are two sets.
+        weights: "averaged" or "raw"; None: averaged where there are two sets.
         source: For messages.
+
+    Returns:
+        Tensors by their plain names, see `plain_names`; and which of two sets they are, None where there is one.
 
     Raises:
         ValueError: If there are none, or not those asked for.
@@ -91,19 +114,31 @@ def choose_state(held: object, weights: str | None, source: Path) -> dict[str, T
     if not 1 <= len(states) <= 2:
         found = f"keys {[str(k) for k in held][:LISTED]}" if isinstance(held, Mapping) else type(held).__name__
         raise ValueError(
-            f"{source} holds {len(states)} sets of tensors by name where 1 or 2 are known what to do with ({found}); "
+            f"{source} holds {len(states)} sets of tensors by name ({found}) instead of 1 or 2; "
             "save the network's state_dict alone"
         )
     if len(states) == 1 and weights is not None:
         raise ValueError(f"{source} holds one set of weights; leave out --weights {weights}")
-    state = dict(states[0 if weights == RAW else -1])
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+    chosen = (weights or AVERAGED) if len(states) == 2 else None
+    return plain_names(states[0 if chosen == RAW else -1]), chosen
+
+
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Removes what wrappers add to the names of tensors.
+
+    These are "_orig_mod.", by torch.compile, wherever it stands, and "module.", by DataParallel, where all names begin
+    with it. Names that would become equal are left alone.
+    """
+    new = {name: re.sub(r"(^|(?<=\.))_orig_mod\.", "", name) for name in state}
+    while all(name.startswith("module.") for name in new.values()):
+        new = {old: name.removeprefix("module.") for old, name in new.items()}
+    if len(set(new.values())) < len(new):
+        return dict(state)
+    return {new[name]: tensor for name, tensor in state.items()}
 
 
 def check_tensors(expected: Mapping[str, Sequence[int]], given: Mapping[str, Tensor], source: Path) -> None:
-    """Refuses tensors that are not exactly those of the network.
+    """Checks that tensors are exactly those of a network, and finite.
 
     Args:
         expected: Shapes by name.
@@ -111,26 +146,32 @@ def check_tensors(expected: Mapping[str, Sequence[int]], given: Mapping[str, Ten
         source: For messages.
 
     Raises:
-        ValueError: If a tensor is missing, unknown, of another shape or not of floating-point numbers. The message
-            names them, of each sort the first 20 and how many more there are.
+        ValueError: If a tensor is missing, unknown, of another shape, not of floating-point numbers, or has an element
+            that is infinite or not a number. The message names them: of each kind the first 20 and how many more.
     """
     both = [name for name in expected if name in given]
-    misshapen = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name])}"
-        for name in both
-        if tuple(given[name].shape) != tuple(expected[name])
-    ]
+    shaped = [name for name in both if tuple(given[name].shape) == tuple(expected[name])]
     wrong = {
         "missing": [name for name in expected if name not in given],
         "unknown": [name for name in given if name not in expected],
-        "misshapen": misshapen,
+        "misshapen": [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name])}"
+            for name in both
+            if name not in shaped
+        ],
         "not floating point": [f"{n} {given[n].dtype}" for n in both if not given[n].is_floating_point()],
     }
-    parts = [f"{sort}: {listed(names)}" for sort, names in wrong.items() if names]
+    parts = [f"{kind}: {listed(names)}" for kind, names in wrong.items() if names]
     if parts:
         raise ValueError(
             f"{source} does not fit the network, so nothing was loaded; {'; '.join(parts)}; "
             "the configuration must be that of these weights"
+        )
+    broken = [name for name in shaped if not bool(given[name].isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"{source} has weights that are infinite or not a number, so nothing was loaded: {listed(broken)}; "
+            "use weights from before training diverged"
         )
 
 

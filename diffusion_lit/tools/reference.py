@@ -1,32 +1,36 @@
-"""Reference statistics of any images that a data module reads, for scores here and in other programs.
+"""Reference statistics of the images of a recipe, for scores here and in other programs.
 
     python -m diffusion_lit reference -c configs/cifar10.yaml --out cifar10_train.npz
 
-The file has mu and sigma, as pytorch-fid, clean-fid and OpenAI's evaluator read them, and says of what they are.
+The file contains mu and sigma, as pytorch-fid, clean-fid and OpenAI's evaluator read them, the number of images, the
+name of the dataset and the extractor.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.data.base import ImageData, Split
+from diffusion_lit.data import ImageData, Split
 from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, WrongImageCount, compute_reference
-from diffusion_lit.tools.prepare import parts_of
+from diffusion_lit.metrics.files import remove_abandoned
+from diffusion_lit.parts import Slot, path_of
+from diffusion_lit.tools.prepare import parse
 
 
 def statistics(
     data: ImageData, extractor: FeatureExtractor, split: Split, device: torch.device, batch_size: int = 250
 ) -> Reference:
-    """Mean and covariance of the features of every image of a part, once, unflipped.
+    """Computes mean and covariance of the features of a split: every image once, not mirrored.
 
     Raises:
         WrongImageCount: If not every readable image was counted.
-        ValueError: If the data have no such part, or fewer than two images.
-        WeightsUnavailable: If the extractor's weights cannot be had.
+        ValueError: If there is no such split, or it has fewer than two images.
+        WeightsUnavailable: If the extractor's weights cannot be obtained.
     """
     images = data.dataset(split)
     extractor.prepare()
@@ -44,12 +48,12 @@ def statistics(
 
 
 def main(args: Sequence[str]) -> None:
-    """Computes the statistics of a recipe's images and writes them down.
+    """Computes the statistics of a recipe's images and writes them to a file.
 
     Raises:
-        ValueError: If the recipe names no data module, or the images cannot be used.
+        ValueError: If the recipe has no data module, or the images cannot be used.
         OSError: If the images are missing, or the file exists already.
-        WeightsUnavailable: If the extractor's weights cannot be had.
+        WeightsUnavailable: If the extractor's weights cannot be obtained.
     """
     parser = argparse.ArgumentParser(
         prog="diffusion_lit reference",
@@ -59,7 +63,7 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("-c", "--config", action="append", default=[], help="a recipe; later ones win")
     parser.add_argument("--out", required=True, help="the .npz file to write")
-    parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="which part of the data")
+    parser.add_argument("--split", default="train", choices=get_args(Split), help="which split")
     parser.add_argument("--batch_size", type=int, default=250, help="images at once")
     parser.add_argument("--device", default=None, help="cuda, cpu, ...; by default a GPU if there is one")
     given, options = parser.parse_known_args(args)
@@ -73,17 +77,13 @@ def main(args: Sequence[str]) -> None:
     path = Path(given.out).expanduser()
     if path.exists():
         raise FileExistsError(f"{path} exists already; remove it, or choose another file by --out")
-    parts = parts_of(
-        given.config,
-        options,
-        lambda further: further.add_subclass_arguments(
-            FeatureExtractor, "extractor", default=f"{Inception.__module__}.Inception"
-        ),
-    )
+    remove_abandoned(path)
+    extractor = {"class_path": path_of(Inception), "init_args": {}}
+    parts = parse(given.config, options, {"extractor": Slot(FeatureExtractor)}, {"extractor": extractor})
     parts.data.prepare_data()
     reference = statistics(parts.data, parts.extractor, given.split, device, given.batch_size)
     reference.save(path)
     print(
         f"{path}: {reference.count:,} images of {reference.name}, {reference.extractor}\n"
-        f"use it by --frechet.reference {path}"
+        f"use it by --evaluation.reference {path}"
     )

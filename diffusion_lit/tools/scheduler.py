@@ -1,7 +1,6 @@
-"""Process, parameterization and sampler as diffusers has them: the configuration of a `DDPMScheduler` or a
-`DDIMScheduler`.
+"""Process, parameterization and sampler as the configuration of diffusers' `DDPMScheduler` or `DDIMScheduler`.
 
-Diffusers tells its network index 0 of what we call k = 1, as the papers do; so indices agree.
+Diffusers gives its network index 0 for what we call k = 1, as our process does.
 """
 
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from diffusion_lit.diffusion import (
     LearnedRange,
     Linear,
     Parameterization,
+    Process,
     Sampler,
     ScaledLinear,
     Spanning,
@@ -27,7 +27,8 @@ from diffusion_lit.diffusion import (
     V,
 )
 from diffusion_lit.diffusion.schedule import Schedule
-from diffusion_lit.networks import UNet
+from diffusion_lit.networks import ADMUNet, UNet
+from diffusion_lit.tools.unet2d import out_channels
 
 DDPM_CLASS, DDIM_CLASS = "DDPMScheduler", "DDIMScheduler"
 COSINE = "squaredcos_cap_v2"
@@ -48,7 +49,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "steps_offset": (0, None),
     "set_alpha_to_one": (True,),
 }
-"""What must be so for a scheduler to be one of ours, by key; the first is what a missing key means."""
+"""By key, the values with which a scheduler has an equal here; the first is that of a missing key."""
 
 READ = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample", "clip_sample_range",
@@ -58,19 +59,18 @@ UNUSED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
 
 
 def part(cls: type, **init_args: Any) -> dict[str, Any]:
-    """A part by its class path, which is its room's, and its arguments, as configurations have them."""
-    room = ".".join(cls.__module__.split(".")[:2])
-    return {"class_path": f"{room}.{cls.__qualname__}", "init_args": init_args}
+    """The configuration of a part: its class, by name, and its arguments."""
+    return {"class_path": cls.__name__, "init_args": init_args}
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The process, parameterization and sampler of a scheduler, by class path.
+    """The configurations of process, parameterization and sampler that a scheduler has.
 
     Args:
-        config: Its scheduler_config.json; a missing key means what it does to diffusers.
+        config: Its scheduler_config.json; a missing key has its default in diffusers.
 
     Raises:
-        ValueError: If it has no equal among ours.
+        ValueError: If it has no equal here.
     """
     kind = config.get("_class_name")
     if kind not in (DDPM_CLASS, DDIM_CLASS):
@@ -103,14 +103,14 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose(key: str, value: Any, choices: Mapping[str, type]) -> type:
-    """The class of ours for a value of diffusers'; ValueError if there is none."""
+    """The class that has the meaning of a value in diffusers; ValueError if there is none."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{key}={value!r} has no equal here; known are {', '.join(choices)}")
     return choices[value]
 
 
 def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The noise schedule of a scheduler, by class path."""
+    """The configuration of a scheduler's noise schedule."""
     name = config.get("beta_schedule", "linear")
     if name == COSINE:
         return part(Cosine)
@@ -119,7 +119,7 @@ def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampler_of(config: Mapping[str, Any], num_steps: int, clip: bool) -> dict[str, Any]:
-    """The sampler of a scheduler, by class path: all steps of DDPM's, 50 of DDIM's, as their pipelines have it."""
+    """The configuration of a scheduler's sampler; all steps for DDPM, 50 for DDIM, as diffusers' pipelines do."""
     grid = part(choose("timestep_spacing", config.get("timestep_spacing", "leading"), SPACINGS))
     if config["_class_name"] == DDIM_CLASS:
         return part(DDIM, steps=min(50, num_steps), grid=grid, clip=clip)
@@ -128,15 +128,15 @@ def sampler_of(config: Mapping[str, Any], num_steps: int, clip: bool) -> dict[st
 
 
 def configuration(
-    process: DiscreteProcess, parameterization: Parameterization, sampler: Sampler, network: UNet
+    process: Process, parameterization: Parameterization, sampler: Sampler, network: UNet | ADMUNet
 ) -> dict[str, Any]:
-    """The scheduler_config.json of a `DDPMScheduler`, which a `DDIMScheduler` can be made from too.
+    """The scheduler_config.json of a `DDPMScheduler`, from which a `DDIMScheduler` can be made too.
 
     Args:
-        process: Of the model.
-        parameterization: Of the model.
-        sampler: Gives clipping, the spacing of times and, if it is ancestral, the variance; else that is the small one.
-        network: Says by the channels it puts out whether it learned the variance.
+        process: The model's.
+        parameterization: The model's.
+        sampler: Its clipping and grid are written, and, if it is ancestral, its variance; else the small variance is.
+        network: The channels of its output say whether it has learned the variance.
 
     Raises:
         ValueError: If diffusers has no such process, parameterization or output.
@@ -146,9 +146,14 @@ def configuration(
         raise ValueError(
             f"diffusers has no {type(parameterization).__name__}: its schedulers know {', '.join(PREDICTIONS)}"
         )
+    if not isinstance(process, DiscreteProcess):
+        raise ValueError(
+            f"diffusers has no {type(process).__name__}: {DDPM_CLASS} and {DDIM_CLASS} have a chain of steps, as "
+            "DiscreteProcess; use --to safetensors"
+        )
     if process.network_steps not in (None, process.num_steps):
         raise ValueError(
-            f"diffusers has no process.network_steps={process.network_steps}: its networks are told the index among "
+            f"diffusers has no process.network_steps={process.network_steps}: its networks get the index among "
             f"{process.num_steps} steps"
         )
     spacings = {cls: name for name, cls in SPACINGS.items()}
@@ -168,7 +173,7 @@ def configuration(
 
 
 def schedule_configuration(schedule: Schedule, num_steps: int) -> dict[str, Any]:
-    """What a scheduler is told of the noise schedule: its name, or its betas where diffusers has no name for it."""
+    """A scheduler's noise schedule: its name, or its betas where diffusers has no name for it."""
     names = {cls: name for name, cls in SCHEDULES.items()}
     if isinstance(schedule, Linear | ScaledLinear) and type(schedule) in names:
         name = names[type(schedule)]
@@ -178,14 +183,15 @@ def schedule_configuration(schedule: Schedule, num_steps: int) -> dict[str, Any]
     return {"trained_betas": schedule.betas(num_steps).tolist()}
 
 
-def variance_type(sampler: Sampler, network: UNet) -> str:
-    """The name of the reverse variance; ValueError if the network's output has no meaning to diffusers."""
-    channels, out_channels = network.in_channels, network.conv_out.out_channels
-    if out_channels == 2 * channels:
+def variance_type(sampler: Sampler, network: UNet | ADMUNet) -> str:
+    """The name of the reverse variance; ValueError if the network's output has no meaning in diffusers."""
+    channels, out = network.in_channels, out_channels(network)
+    if out == 2 * channels:
         return "learned_range"
-    if out_channels != channels:
+    if out != channels:
         raise ValueError(
-            f"diffusers has no scheduler for out_channels={out_channels} of images with {channels}: as many or twice"
+            f"diffusers has no scheduler for out_channels={out} of images with {channels} channels; "
+            f"it has for {channels} and {2 * channels}"
         )
     large = isinstance(sampler, Ancestral) and type(sampler.variance) is FixedLarge
     return "fixed_large" if large else "fixed_small"

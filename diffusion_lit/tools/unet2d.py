@@ -1,192 +1,223 @@
-"""The DDPM U-Net as diffusers has it: `UNet2DModel`, its configuration and the names of its tensors."""
+"""The configuration of diffusers' `UNet2DModel` and the arguments of the network that computes the same here.
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+`UNet2DModel` is DDPM's network, `UNet`, or ADM's, `ADMUNet`, depending on its configuration; some configurations are
+neither. `UNET` and `ADM` hold the values that make it one of them.
+"""
 
-from torch import Tensor
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
-from diffusion_lit.networks import UNet
-from diffusion_lit.networks.layers import ResBlock
+from torch import nn
+
+from diffusion_lit.networks import ADMUNet, UNet
+from diffusion_lit.networks.adm_blocks import ConditionedResBlock, QKVAttention
+from diffusion_lit.networks.layers import ResBlock, level_channels
 from diffusion_lit.networks.unet import Level
-from diffusion_lit.tools.files import check_tensors
+from diffusion_lit.tools.tensor_names import blocks_per_level
 
 CLASS = "UNet2DModel"
+Fixed = Mapping[str, tuple[object, object]]
 
-FIXED: dict[str, tuple[object, object]] = {
+BOTH: Fixed = {
     "center_input_sample": (False, False),
     "time_embedding_type": ("positional", "positional"),
-    "freq_shift": (1, 0),
-    "flip_sin_to_cos": (False, True),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
     "mid_block_scale_factor": (1, 1),
+    "act_fn": ("silu", "silu"),
+    "add_attention": (True, True),
+    "class_embed_type": (None, None),
+}
+"""By key, the value that both networks need, and the value that a missing key has in diffusers."""
+UNET: Fixed = {
+    **BOTH,
+    "freq_shift": (1, 0),
+    "flip_sin_to_cos": (False, True),
     "downsample_padding": (0, 1),
     "downsample_type": ("conv", "conv"),
     "upsample_type": ("conv", "conv"),
-    "act_fn": ("silu", "silu"),
     "norm_eps": (1e-6, 1e-5),
     "resnet_time_scale_shift": ("default", "default"),
-    "add_attention": (True, True),
-    "class_embed_type": (None, None),
     "num_class_embeds": (None, None),
 }
-"""What must have one value for a `UNet2DModel` to be DDPM's, by key: that value, and what a missing key means."""
+"""What `UNet` needs."""
+ADM: Fixed = {
+    **BOTH,
+    "freq_shift": (0, 0),
+    "flip_sin_to_cos": (True, True),
+    "downsample_padding": (1, 1),
+    "norm_eps": (1e-5, 1e-5),
+}
+"""What `ADMUNet` needs."""
 
 READ = (
     "sample_size", "in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types",
     "layers_per_block", "dropout", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups",
     "time_embedding_dim", "num_train_timesteps",
 )  # fmt: skip
-
-NAMES = (
-    (r"^temb\.dense\.0\.", "time_embedding.linear_1."),
-    (r"^temb\.dense\.1\.", "time_embedding.linear_2."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"^mid\.block_1\.", "mid_block.resnets.0."),
-    (r"^mid\.block_2\.", "mid_block.resnets.1."),
-    (r"^mid\.attn_1\.", "mid_block.attentions.0."),
-    (r"^down\.", "down_blocks."),
-    (r"\.block\.", ".resnets."),
-    (r"\.attn\.", ".attentions."),
-    (r"\.downsample\.", ".downsamplers.0."),
-    (r"\.upsample\.", ".upsamplers.0."),
-    (r"\.temb_proj\.", ".time_emb_proj."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-    (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
-)
-"""Our names to diffusers', one after another; the levels on the way up are counted the other way round besides."""
-
-FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+AVERAGE = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+"""How `EMAModel` averaged the weights, in the configuration of a folder `unet_ema`; it changes no output."""
 
 
-def names(network: UNet) -> dict[str, str]:
-    """Of every tensor of a network, by our name, the name that diffusers gives it."""
+class Blocks(NamedTuple):
+    """Names of the blocks of one level."""
 
-    def theirs(name: str) -> str:
-        name = re.sub(r"^up\.(\d+)\.", lambda level: f"up_blocks.{len(network.up) - 1 - int(level[1])}.", name)
-        for ours, new in NAMES:
-            name = re.sub(ours, new, name)
-        return name
-
-    return {name: theirs(name) for name in network.state_dict()}
+    plain: str
+    attention: str
+    resnet: str
 
 
-def is_projection(name: str) -> bool:
-    """Whether a tensor, by diffusers' name, is a weight (C, C) in attention; ours is a convolution's, (C, C, 1, 1)."""
-    return re.search(r"\.(to_[qkv]|to_out\.0)\.weight$", name) is not None
+DOWN = Blocks("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP = Blocks("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
 
-def from_diffusers(tensors: Mapping[str, Tensor], network: UNet, source: Path) -> dict[str, Tensor]:
-    """Our tensors by our names.
+def arguments(config: Mapping[str, Any]) -> tuple[type[UNet | ADMUNet], dict[str, Any]]:
+    """The network that a `UNet2DModel` is, and its arguments.
 
     Args:
-        tensors: Diffusers', also with the names that its attention had before version 0.15.
-        network: What they are for; it may be on the meta device.
-        source: For messages.
+        config: Its config.json; a missing key has its default in diffusers.
 
     Raises:
-        ValueError: If they are not exactly the network's; see `check_tensors`.
-    """
-    given = {}
-    for name, tensor in tensors.items():
-        new = re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.)", lambda old: FORMER_NAMES[old[1]], name)
-        given[name if new in tensors else new] = tensor
-    theirs = names(network)
-    expected = {
-        theirs[name]: tensor.shape[:2] if is_projection(theirs[name]) else tensor.shape
-        for name, tensor in network.state_dict().items()
-    }
-    check_tensors(expected, given, source)
-    return {name: given[theirs[name]].reshape(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def to_diffusers(network: UNet) -> dict[str, Tensor]:
-    """Diffusers' tensors by diffusers' names, each contiguous."""
-    theirs = names(network)
-    return {
-        theirs[name]: (tensor[..., 0, 0] if is_projection(theirs[name]) else tensor).contiguous()
-        for name, tensor in network.state_dict().items()
-    }
-
-
-def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the `UNet` that a `UNet2DModel` is.
-
-    Args:
-        config: Its config.json; a missing key means what it does to diffusers.
-
-    Raises:
-        ValueError: If it is not DDPM's network.
+        ValueError: If it is neither DDPM's network nor ADM's; names what differs from the nearer one.
     """
     if config.get("_class_name", CLASS) != CLASS:
         raise ValueError(f"the configuration is of {config['_class_name']}; only a {CLASS} can be imported")
+    from_ddpm = differences(config, UNET, ())
+    from_adm = differences(config, ADM, ("resnet_time_scale_shift", "downsample_type", "upsample_type"))
+    if from_ddpm and len(from_ddpm) <= len(from_adm):
+        raise ValueError(f"this {CLASS} is not DDPM's network: {'; '.join(from_ddpm)}")
+    if from_ddpm and from_adm:
+        raise ValueError(f"this {CLASS} is not ADM's network: {'; '.join(from_adm)}")
+    return (ADMUNet, adm_arguments(config)) if from_ddpm else (UNet, unet_arguments(config))
+
+
+def differences(config: Mapping[str, Any], fixed: Fixed, more: Collection[str]) -> list[str]:
+    """What in a configuration differs from what a network needs; `more` are further keys that it reads."""
     different = [
         f"{key}={config.get(key, missing)!r} where ours has {ours!r}"
-        for key, (ours, missing) in FIXED.items()
+        for key, (ours, missing) in fixed.items()
         if config.get(key, missing) != ours and (key, config.get(key)) != ("act_fn", "swish")
     ]
-    known = {*FIXED, *READ}
+    known = {*fixed, *READ, *AVERAGE, *more, "num_class_embeds"}
     different += [
         f"{key}={value!r}, which is not known here"
         for key, value in config.items()
         if key not in known and not key.startswith("_") and value not in (None, False)
     ]
-    if different:
-        raise ValueError(f"this {CLASS} is not DDPM's network: {'; '.join(different)}")
+    return different
+
+
+def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `UNet`; ValueError if it has no such form."""
+    shared = shared_arguments(config)
+    groups = shared["num_groups"]
+    if config.get("attn_norm_num_groups") not in (None, groups):
+        raise ValueError(f"attn_norm_num_groups={config['attn_norm_num_groups']}: ours is norm_num_groups={groups}")
     channels = whole_numbers(config, "block_out_channels", [224, 448, 672, 896])
-    levels = len(channels)
+    attended = attended_levels(config, len(channels), resnets=False)
+    of_attention = [channels[i] for i in attended] + [channels[-1]]
+    return {**shared, "num_heads": one_count_of_heads(of_attention, config.get("attention_head_dim", 8))}
+
+
+def adm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `ADMUNet`; ValueError if it has no such form."""
+    shared = shared_arguments(config)
+    shift = config.get("resnet_time_scale_shift", "default")
+    if shift not in ("default", "scale_shift"):
+        raise ValueError(f"resnet_time_scale_shift={shift!r} has no equal here; known are 'default', 'scale_shift'")
+    groups, given = shared["num_groups"], config.get("attn_norm_num_groups")
+    if given != groups and not (given is None and shift == "default"):
+        raise ValueError(
+            f"attn_norm_num_groups={given}: ours normalizes in groups of norm_num_groups={groups} before the attention "
+            "in the middle"
+        )
+    classes, head_channels = config.get("num_class_embeds"), config.get("attention_head_dim", 8)
+    return {
+        **shared,
+        "head_channels": None if head_channels is None else whole_numbers(config, "attention_head_dim", 8),
+        "scale_shift_norm": shift == "scale_shift",
+        "resblock_updown": has_resblocks(config),
+        "num_classes": None if classes is None else whole_numbers(config, "num_class_embeds", None),
+    }
+
+
+def shared_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that `UNet` and `ADMUNet` share; ValueError if they have no such form."""
+    channels = whole_numbers(config, "block_out_channels", [224, 448, 672, 896])
     width, size = channels[0], config.get("sample_size")
     size = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
     if not isinstance(size, int):
-        raise ValueError(f"sample_size={size!r}: our U-Net needs the height of square images; write it into the file")
-    if any(c % width for c in channels):
-        raise ValueError(f"block_out_channels={channels}: ours are whole multiples of the first")
+        raise ValueError(f"sample_size={size!r}: our networks need the height of square images; write it into the file")
     if config.get("time_embedding_dim") not in (None, 4 * width):
         raise ValueError(f"time_embedding_dim={config['time_embedding_dim']}: ours is 4 x {width}")
-    groups = whole_numbers(config, "norm_num_groups", 32)
-    if config.get("attn_norm_num_groups") not in (None, groups):
-        raise ValueError(f"attn_norm_num_groups={config['attn_norm_num_groups']}: ours is norm_num_groups={groups}")
-    attended = attended_levels(config, levels)
-    heads = one_count_of_heads([channels[i] for i in attended] + [channels[-1]], config.get("attention_head_dim", 8))
+    multipliers = [c // width if c % width == 0 else c / width for c in channels]
+    if level_channels(width, multipliers) != channels:
+        raise ValueError(f"block_out_channels={channels}: ours are multiples of the first")
+    attended = attended_levels(config, len(channels), resnets=True)
     return {
         "image_size": size,
         "in_channels": whole_numbers(config, "in_channels", 3),
         "out_channels": whole_numbers(config, "out_channels", 3),
         "width": width,
-        "multipliers": [c // width for c in channels],
+        "multipliers": multipliers,
         "num_blocks": whole_numbers(config, "layers_per_block", 2),
         "attention": [size >> i for i in attended],
-        "num_heads": heads,
         "dropout": float(config.get("dropout", 0.0)),
-        "num_groups": groups,
+        "num_groups": whole_numbers(config, "norm_num_groups", 32),
     }
 
 
 def whole_numbers(config: Mapping[str, Any], key: str, missing: Any) -> Any:
-    """A positive whole number, or a list of such where that is what a missing key means."""
+    """A positive whole number, or a list of such where that is what a missing key means; ValueError otherwise."""
     value = config.get(key, missing)
     numbers = value if isinstance(missing, list) else [value]
     if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
-        raise ValueError(f"{key}={value!r} in the configuration is not of whole numbers above 0")
+        raise ValueError(f"{key}={value!r} in the configuration must be whole numbers above 0")
     return value
 
 
-def attended_levels(config: Mapping[str, Any], levels: int) -> list[int]:
-    """The levels with attention, from full resolution, in which the way down and the way up must agree."""
-    plain, attention = ["DownBlock2D", "UpBlock2D"], ["AttnDownBlock2D", "AttnUpBlock2D"]
-    down = config.get("down_block_types", [plain[0], *[attention[0]] * 3])
-    up = config.get("up_block_types", [*[attention[1]] * 3, plain[1]])
-    attended = [i for i, kind in enumerate(down) if kind == attention[0]]
-    form = [attention if i in attended else plain for i in range(levels)]
-    if list(down) != [kinds[0] for kinds in form] or list(up) != [kinds[1] for kinds in reversed(form)]:
-        raise ValueError(
-            f"down_block_types={down} and up_block_types={up}: our {levels} levels have {plain} or {attention}, "
-            "and attention on the way up where they have it on the way down"
-        )
+def block_types(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The blocks of encoder and decoder, both from full resolution to the coarsest."""
+    down = config.get("down_block_types", [DOWN.plain, *[DOWN.attention] * 3])
+    up = config.get("up_block_types", [*[UP.attention] * 3, UP.plain])
+    return list(down), list(up)[::-1]
+
+
+def attended_levels(config: Mapping[str, Any], levels: int, resnets: bool) -> list[int]:
+    """The levels with attention, from full resolution; encoder and decoder must agree.
+
+    Args:
+        config: Of the network.
+        levels: How many there are.
+        resnets: Whether residual blocks may change the resolution.
+    """
+    down, up = block_types(config)
+    attended = [i for i, kind in enumerate(down) if kind == DOWN.attention]
+    known = [(blocks.plain, *([blocks.resnet] if resnets else [])) for blocks in (DOWN, UP)]
+    for kinds, blocks, plain in ((down, DOWN, known[0]), (up, UP, known[1])):
+        fits = [kind == blocks.attention if i in attended else kind in plain for i, kind in enumerate(kinds)]
+        if len(kinds) != levels or not all(fits):
+            raise ValueError(
+                f"down_block_types={down} and up_block_types={up[::-1]}: our {levels} levels have {list(known[0])} and "
+                f"{list(known[1])}, or with attention {DOWN.attention} and {UP.attention}, the same level in both"
+            )
     return attended
+
+
+def has_resblocks(config: Mapping[str, Any]) -> bool:
+    """Whether residual blocks change the resolution; ValueError if they do at some levels only."""
+    down, up = block_types(config)
+    found = set()
+    for kinds, blocks, key in ((down[:-1], DOWN, "downsample_type"), (up[1:], UP, "upsample_type")):
+        for kind in kinds:
+            by_type = config.get(key, "conv") if kind == blocks.attention else "conv"
+            found.add("resnet" if kind == blocks.resnet else by_type)
+    if found not in (set(), {"conv"}, {"resnet"}):
+        given = {key: config[key] for key in ("downsample_type", "upsample_type") if key in config}
+        raise ValueError(
+            f"down_block_types={down}, up_block_types={up[::-1]} and {given} change the resolution by {sorted(found)}; "
+            "ours does so by convolutions everywhere, or by residual blocks everywhere"
+        )
+    return found == {"resnet"}
 
 
 def one_count_of_heads(channels: Sequence[int], head_channels: Any) -> int:
@@ -202,36 +233,107 @@ def one_count_of_heads(channels: Sequence[int], head_channels: Any) -> int:
     return counts.pop()
 
 
-def configuration(network: UNet) -> dict[str, Any]:
+def out_channels(network: UNet | ADMUNet) -> int:
+    """Channels of the output."""
+    return network.conv_out.out_channels if isinstance(network, UNet) else cast(nn.Conv2d, network.out[2]).out_channels
+
+
+def configuration(network: UNet | ADMUNet) -> dict[str, Any]:
     """The config.json of a network.
 
     Raises:
         ValueError: If diffusers has no such network.
     """
+    return unet_configuration(network) if isinstance(network, UNet) else adm_configuration(network)
+
+
+def unet_configuration(network: UNet) -> dict[str, Any]:
+    """The config.json of a `UNet`; ValueError if diffusers has no such network."""
     levels = cast(list[Level], list(network.down))
     blocks = cast(list[ResBlock], [level.block[0] for level in levels])
     channels = [block.conv1.out_channels for block in blocks]
     attended = [len(level.attn) > 0 for level in levels]
-    of_attention = {c for c, has in zip(channels, attended, strict=True) if has} | {channels[-1]}
-    heads = network.mid.attn_1.heads
-    if channels[0] != network.width:
-        raise ValueError(f"diffusers has no network of channels {channels} and width={network.width}: the first is it")
-    if heads > 1 and len(of_attention) > 1:
+    heads = {c: network.mid.attn_1.heads for c, has in zip(channels, attended, strict=True) if has or c == channels[-1]}
+    return {
+        **shared_configuration(network, network.width, channels, attended, heads),
+        "layers_per_block": len(levels[0].block),
+        "dropout": network.mid.block_1.dropout.p,
+        "norm_num_groups": network.norm_out.num_groups,
+        **{key: ours for key, (ours, _) in UNET.items()},
+    }
+
+
+def adm_configuration(network: ADMUNet) -> dict[str, Any]:
+    """The config.json of an `ADMUNet`; ValueError if diffusers has no such network."""
+    num_blocks = blocks_per_level(network)
+    first = [cast(nn.ModuleList, network.input_blocks[i * (num_blocks + 1) + 1]) for i in range(len(network.channels))]
+    attended = [any(isinstance(layer, QKVAttention) for layer in stage) for stage in first]
+    layers = [layer for layer in network.modules() if isinstance(layer, QKVAttention)]
+    heads = {layer.norm.num_channels: layer.heads for layer in layers}
+    block = cast(ConditionedResBlock, cast(nn.ModuleList, network.middle_block)[0])
+    if block.gain != 1:
+        raise ValueError("diffusers has no residual_rescale=true: its residual blocks are not divided by sqrt(2)")
+    resblocks = len(attended) > 1 and isinstance(
+        cast(nn.ModuleList, network.input_blocks[num_blocks + 1])[0], ConditionedResBlock
+    )
+    groups = cast(nn.GroupNorm, network.out[0]).num_groups
+    shared = shared_configuration(network, network.time_embed.width, network.channels, attended, heads, resblocks)
+    kind = "resnet" if resblocks else "conv"
+    return {
+        **shared,
+        "layers_per_block": num_blocks,
+        "dropout": cast(nn.Dropout, block.out_layers[2]).p,
+        "norm_num_groups": groups,
+        # Without it there is no normalization in the middle, under scale_shift.
+        "attn_norm_num_groups": groups,
+        "resnet_time_scale_shift": "scale_shift" if block.scale_shift_norm else "default",
+        "downsample_type": kind,
+        "upsample_type": kind,
+        "num_class_embeds": None if network.num_classes is None else network.label_emb.num_embeddings,
+        **{key: ours for key, (ours, _) in ADM.items()},
+    }
+
+
+def shared_configuration(
+    network: UNet | ADMUNet,
+    width: int,
+    channels: Sequence[int],
+    attended: Sequence[bool],
+    heads: Mapping[int, int],
+    resblocks: bool = False,
+) -> dict[str, Any]:
+    """What both networks have in config.json.
+
+    Args:
+        network: One of them.
+        width: Length of the time's sinusoids.
+        channels: Of each level, from full resolution.
+        attended: Whether each level has attention.
+        heads: How many, by the channels of the attention.
+        resblocks: Whether residual blocks change the resolution.
+
+    Raises:
+        ValueError: If diffusers has no such network.
+    """
+    if channels[0] != width:
         raise ValueError(
-            f"diffusers has no network of num_heads={heads} over attentions of {sorted(of_attention)} channels: its "
-            "heads are as wide everywhere"
+            f"diffusers has no network of channels {list(channels)} and width={width}: "
+            "its time embedding is as wide as the first level, so multipliers must begin with 1"
         )
+    head_channels = {c // count for c, count in heads.items()}
+    if any(count > 1 for count in heads.values()) and len(head_channels) > 1:
+        raise ValueError(
+            f"diffusers has no network of num_heads={max(heads.values())} over attentions of {sorted(heads)} channels: "
+            "its heads have the same width everywhere"
+        )
+    down, up = (blocks.resnet if resblocks else blocks.plain for blocks in (DOWN, UP))
     return {
         "_class_name": CLASS,
         "sample_size": network.image_size,
         "in_channels": network.in_channels,
-        "out_channels": network.conv_out.out_channels,
-        "block_out_channels": channels,
-        "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attended],
-        "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attended)],
-        "layers_per_block": len(levels[0].block),
-        "dropout": network.mid.block_1.dropout.p,
-        "attention_head_dim": None if heads == 1 else channels[-1] // heads,
-        "norm_num_groups": network.norm_out.num_groups,
-        **{key: ours for key, (ours, _) in FIXED.items()},
+        "out_channels": out_channels(network),
+        "block_out_channels": list(channels),
+        "down_block_types": [DOWN.attention if has else down for has in attended],
+        "up_block_types": [UP.attention if has else up for has in reversed(attended)],
+        "attention_head_dim": None if set(heads.values()) == {1} else head_channels.pop(),
     }

@@ -1,5 +1,7 @@
 """When callbacks act, and what they draw and write."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,6 +10,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -15,13 +18,13 @@ from tqdm import tqdm
 from diffusion_lit.callbacks import EMA, Checkpoints, ImageWriter, Plots, SampleGrid, Scalars, sampling_bar
 from diffusion_lit.callbacks import progress as progress_module
 from diffusion_lit.callbacks.interval import Interval
-from diffusion_lit.callbacks.plots import plot_run
+from diffusion_lit.callbacks.plots import _set_ticks, _smoothed, plot_run
 from diffusion_lit.diffusion import DDIM
-from diffusion_lit.evaluation import Frechet
-from diffusion_lit.generation import Requests
+from diffusion_lit.evaluation import Evaluation
+from diffusion_lit.generator import Requests
 from diffusion_lit.images import to_uint8
-from diffusion_lit.loggers import CSV, read_curves
-from diffusion_lit.metrics import FeatureMoments, Pixels, Reference, frechet_distance
+from diffusion_lit.loggers import METRICS, Curves, read_curves
+from diffusion_lit.metrics import Pixels
 from diffusion_lit.module import DiffusionModule
 from tests import tiny
 from tests.tiny import last, load
@@ -145,18 +148,28 @@ def test_scalars_are_means_over_all_images_since_the_last_time(tmp_path: Path, a
 # Curves and plots
 
 
-def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path: Path) -> None:
-    for version, rows in enumerate(["1,5.0,\n2,4.0,9.0\n3,3.0,\n", "3,2.5,\n4,2.0,7.0\n"]):
-        folder = tmp_path / "csv" / f"version_{version}"
-        folder.mkdir(parents=True)
-        (folder / "metrics.csv").write_text("step,train/loss,fid\n" + rows)
-    (tmp_path / "csv" / "version_10").mkdir()
-    (tmp_path / "csv" / "version_10" / "metrics.csv").write_text("step,train/loss\n5,1.0\n")
-    curves = read_curves(tmp_path)
-    assert curves["train/loss"] == [(1, 5.0), (2, 4.0), (3, 2.5), (4, 2.0), (5, 1.0)]
-    assert curves["fid"] == [(2, 9.0), (4, 7.0)]
-    assert [path.name for path in plot_run(tmp_path)] == ["loss.png", "frechet.png"]
-    assert size(tmp_path / "loss.png") == (880, 495)
+def ink(path: Path, box: tuple[float, float, float, float]) -> int:
+    """How many pixels of a picture are not white within a box, given in fractions of its size."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("L"))
+    (left, top, right, bottom), (height, width) = box, pixels.shape
+    inside = pixels[int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
+    return int((inside < 250).sum())
+
+
+def test_losses_and_scores_are_drawn_with_their_legends_beside_them(tmp_path: Path) -> None:
+    logger = Curves(str(tmp_path))
+    for step in range(1, 101):
+        logger.log_metrics({"train/loss": 1 / step, "train/loss_t_0.00_0.25": float("nan"), "val/loss": 2.0}, step)
+    logger.log_metrics({"fid": 9.0, "frechet/pixels": float("inf")}, 100)
+    logger.save()
+    assert [path.name for path in plot_run(tmp_path)] == ["loss.png", "scores.png"]
+    for name in ("loss.png", "scores.png"):
+        assert size(tmp_path / name) == (990, 495)
+        # The legend is at the top right; below it, beside the axes, there is nothing.
+        assert ink(tmp_path / name, (0.85, 0.0, 1.0, 0.4)) > 100
+        assert ink(tmp_path / name, (0.9, 0.5, 1.0, 0.8)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {METRICS, "loss.png", "scores.png"}
 
 
 def test_no_curves_make_no_plots(tmp_path: Path) -> None:
@@ -164,11 +177,58 @@ def test_no_curves_make_no_plots(tmp_path: Path) -> None:
     assert plot_run(tmp_path) == []
 
 
-def test_scalars_reach_the_disk_while_a_run_goes_on(tmp_path: Path) -> None:
-    logger = CSV(str(tmp_path), flush_logs_every_n_steps=100)
-    for step in range(50, 350, 50):
-        logger.log_metrics({"train/loss": float(step)}, step)
-    assert read_curves(tmp_path)["train/loss"][-1] == (300, 300.0)
+def test_a_smoothed_curve_is_the_mean_of_its_finite_neighbours_and_keeps_its_gaps() -> None:
+    values = np.array([1.0, 2.0, np.nan, 4.0, np.inf, 6.0, 7.0])
+    expected = [1.5, 1.5, np.nan, 4.0, np.nan, 6.5, 6.5]
+    assert np.array_equal(_smoothed(values, 3), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.0), (-1.0, 1.0), (0.9, 1.0), (0.1, 0.8), (0.02, 0.7), (3e-6, 2.0), (5.0, 40_000.0)]
+)
+def test_ticks_are_a_few_plain_numbers_that_do_not_overlap(low: float, high: float) -> None:
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 800_000], [low, high])
+    _set_ticks(axes, np.array([low, high]))
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in axes.get_yticklabels(minor=True) if label.get_text()] == []
+    for axis, side in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        bottom, top = axis.get_view_interval()
+        labels = [label for label in axis.get_ticklabels() if bottom <= label.get_position()[side] <= top]
+        assert 3 <= len(labels) <= 12
+        assert all(re.fullmatch(r"[-\u2212]?[\d,]+(\.\d+)?", label.get_text()) for label in labels)
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.get_points()[0, side])
+        ends = [(box.get_points()[0, side], box.get_points()[1, side]) for box in boxes]
+        assert all(end < start for (_, end), (start, _) in pairwise(ends))
+
+
+def test_plots_are_redrawn_at_a_checkpoint_but_not_too_often(tmp_path: Path) -> None:
+    class Look(L.Callback):
+        """Notes after every step whether there is a picture, and takes it away."""
+
+        def __init__(self, place: Path) -> None:
+            self.picture = place / "loss.png"
+            self.drawn: list[bool] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            self.drawn.append(self.picture.is_file())
+            self.picture.unlink(missing_ok=True)
+
+    drawn = {}
+    for seconds in (0.0, 1000.0):
+        look = Look(tmp_path / str(seconds))
+        callbacks = [Plots(seconds), Scalars(), Checkpoints(every_n_steps=2), look]
+        tiny.trainer(look.picture.parent, 5, callbacks).fit(tiny.module(), tiny.data())
+        assert look.picture.is_file()
+        drawn[seconds] = look.drawn
+    assert drawn == {0.0: [False, False, True, False, True], 1000.0: [False] * 5}
+
+
+def test_plots_that_cannot_be_drawn_are_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "loss.png").mkdir()
+    with pytest.warns(UserWarning, match=r"the curves could not be drawn \(.*Is a directory"):
+        tiny.trainer(tmp_path, 1, [Plots(), Scalars()]).fit(tiny.module(), tiny.data())
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -180,8 +240,8 @@ def test_plots_hold_the_last_score_also_of_an_interrupted_run(
             if interrupted and trainer.global_step == 2:
                 raise RuntimeError("on purpose")
 
-    frechet = Frechet(Pixels(2), every_n_steps=100, num_images=4, batch_size=4, at_start=True)
-    made = tiny.trainer(tmp_path, 3, [Plots(), EMA(), frechet, Scalars(), Stop(), Checkpoints()])
+    scores = Evaluation(None, Pixels(2), batch_size=4, every_n_steps=100, training_num_images=4, at_start=True)
+    made = tiny.trainer(tmp_path, 3, [Plots(), EMA(), scores, Scalars(), Stop(), Checkpoints()])
     drawn: list[dict[str, Any]] = []
     original = read_curves
 
@@ -200,32 +260,6 @@ def test_plots_hold_the_last_score_also_of_an_interrupted_run(
     assert (tmp_path / "loss.png").is_file()
 
 
-# Fréchet distance
-
-
-def test_a_score_is_the_distance_of_the_averaged_model_s_images_to_the_training_set(tmp_path: Path) -> None:
-    extractor = Pixels(4)
-    frechet = Frechet(extractor, every_n_steps=2, num_images=10, batch_size=4, seed=7)
-    model = tiny.module()
-    tiny.trainer(tmp_path, 2, [EMA([0.9]), frechet, Checkpoints()]).fit(model, tiny.data())
-    [(step, value)] = read_curves(tmp_path)["frechet/pixels"]
-    moments = [FeatureMoments(extractor.num_features) for _ in range(2)]
-    with model.averaged_weights():
-        moments[0].update(extractor(to_uint8(torch.cat([model.sample([i], 7) for i in range(10)]))))
-    moments[1].update(extractor(tiny.data().dataset("train").batch(range(1797))["image"]))
-    expected = frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
-    assert step == 2
-    assert value == pytest.approx(expected, rel=1e-3)
-    assert load(tmp_path / "checkpoints" / "best.ckpt")["global_step"] == 2
-
-
-def test_a_given_reference_must_be_of_the_same_features(tmp_path: Path) -> None:
-    Reference(torch.zeros(12), torch.eye(12), 5, "other").save(tmp_path / "other.npz")
-    frechet = Frechet(Pixels(4), every_n_steps=1, num_images=4, batch_size=4, reference=str(tmp_path / "other.npz"))
-    with pytest.raises(ValueError, match="12 features, but pixels has 48"):
-        tiny.trainer(tmp_path, 1, [EMA(), frechet]).fit(tiny.module(), tiny.data())
-
-
 # Image writer
 
 
@@ -240,7 +274,7 @@ def test_images_are_written_with_labels_as_png_npz_and_grid(tmp_path: Path) -> N
     model = Labelled(tiny.network(), sampler=DDIM(2))
     tiny.trainer(tmp_path, callbacks=[], logger=False).predict(model, num_images=5, batch_size=2, seed=3)
     out = tmp_path / "predictions" / "seed_3"
-    with np.load(out / "images.npz") as arrays:
+    with np.load(out.with_name("seed_3.npz")) as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
     assert images.shape == (5, 8, 8, 1)
     assert images.dtype == np.uint8
@@ -251,16 +285,17 @@ def test_images_are_written_with_labels_as_png_npz_and_grid(tmp_path: Path) -> N
         with Image.open(out / f"{i:06}.png") as image:
             assert image.info["label"] == str(2 * i + 1)
             assert np.array_equal(np.asarray(image), images[i, :, :, 0])
-    assert len(list(out.glob("0*.png"))) == 5
-    assert size(out / "grid.png") == (3 * 68 - 4, 2 * 68 - 4)
+    # Nothing but samples, so that other programs can score the folder.
+    assert sorted(path.name for path in out.iterdir()) == [f"{i:06}.png" for i in range(5)]
+    assert size(out.with_name("seed_3_grid.png")) == (3 * 68 - 4, 2 * 68 - 4)
 
 
 def test_without_labels_there_are_none_and_without_npz_no_file(tmp_path: Path) -> None:
     made = tiny.trainer(tmp_path, callbacks=[], logger=False)
     made.predict(tiny.module(), num_images=2, batch_size=2, out=str(tmp_path / "a"))
-    assert np.load(tmp_path / "a" / "images.npz").files == ["arr_0"]
+    assert np.load(tmp_path / "a.npz").files == ["arr_0"]
     made.predict(tiny.module(), num_images=2, batch_size=2, out=str(tmp_path / "b"), npz=False)
-    assert not (tmp_path / "b" / "images.npz").exists()
+    assert not (tmp_path / "b.npz").exists()
     assert not any(isinstance(callback, ImageWriter) for callback in made.callbacks)  # type: ignore[attr-defined]
 
 
@@ -283,20 +318,17 @@ def test_a_sampling_bar_counts_every_image_once(
         L.Trainer,
         SimpleNamespace(is_global_zero=True, progress_bar_callback=1, world_size=world_size, training=False),
     )
-    model = tiny.module()
     requests = Requests(num_images, batch_size)
     at_ends = []
-    with sampling_bar(trainer, model, requests, "images"):
-        for _ in requests.of_rank(0, world_size):
+    with sampling_bar(trainer, requests, "images") as on_step:
+        for _ in requests.share(0, world_size):
             for done in range(1, 4):
                 before = bars[0].n
-                assert model.on_sampling_step is not None
-                model.on_sampling_step(done, 3)
+                on_step(done, 3)
                 assert bars[0].n >= before
             at_ends.append(bars[0].n)
     rounds = range(batch_size * world_size, num_images + batch_size * world_size, batch_size * world_size)
     assert at_ends == pytest.approx([min(r, num_images) for r in rounds])
-    assert model.on_sampling_step is None
     assert bars[0].total == num_images
 
 
@@ -324,12 +356,12 @@ def test_an_error_before_the_first_step_does_not_touch_the_last_checkpoint(tmp_p
     assert last(tmp_path).read_bytes() == before
 
 
-def test_a_keyboard_interrupt_leaves_a_checkpoint_of_the_last_step(tmp_path: Path) -> None:
+def test_a_keyboard_interrupt_at_any_place_leaves_the_last_checkpoint_as_it_is(tmp_path: Path) -> None:
     class Interrupt(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
             if trainer.global_step == 3:
                 raise KeyboardInterrupt
 
     with pytest.raises(SystemExit):
-        tiny.trainer(tmp_path, 5, [EMA(), Interrupt(), Checkpoints()]).fit(tiny.module(), tiny.data())
-    assert load(last(tmp_path))["global_step"] == 3
+        tiny.trainer(tmp_path, 5, [EMA(), Interrupt(), Checkpoints(every_n_steps=2)]).fit(tiny.module(), tiny.data())
+    assert load(last(tmp_path))["global_step"] == 2

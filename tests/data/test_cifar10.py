@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from diffusion_lit.data.base import InMemoryImages
+from diffusion_lit.data import ImageData, InMemoryImages
 from diffusion_lit.data.cifar10 import CIFAR10
 
 FOLDER = "cifar-10-batches-py"
@@ -72,19 +72,20 @@ def archive(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_images_are_channels_first_and_in_the_order_of_the_files(root: Path, rows: dict[str, np.ndarray]) -> None:
-    data = CIFAR10(str(root), download=False)
+    data = ImageData(CIFAR10(str(root), download=False))
     train = data.dataset("train")
     assert isinstance(train, InMemoryImages)
     assert train.images.shape == (60, 3, 32, 32)
     # Image 5 of the third file; green, row 7, column 9.
     assert int(train.images[2 * 12 + 5, 1, 7, 9]) == rows["data_batch_3"][5, 1024 + 7 * 32 + 9]
-    assert train.read(2 * 12 + 5)[1] == 5
-    assert train.read(11)[1] == 1
+    assert train.read(2 * 12 + 5)["label"] == 5
+    assert train.read(11)["label"] == 1
     assert data.image_shape == (3, 32, 32)
+    assert data.class_names == list("abcdefghij")
 
 
 def test_validation_and_test_are_the_test_images(root: Path, rows: dict[str, np.ndarray]) -> None:
-    data = CIFAR10(str(root), download=False)
+    data = ImageData(CIFAR10(str(root), download=False))
     expected = torch.from_numpy(rows["test_batch"]).reshape(12, 3, 32, 32)
     for split in ("val", "test"):
         images = data.dataset(split)
@@ -93,37 +94,37 @@ def test_validation_and_test_are_the_test_images(root: Path, rows: dict[str, np.
 
 
 def test_training_images_are_mirrored_by_default_and_others_never(root: Path) -> None:
-    data = CIFAR10(str(root), download=False)
+    data = ImageData(CIFAR10(str(root), download=False))
     assert next(iter(data.train_dataloader()))["flip"].any()
     (batch,) = data.test_dataloader()
     assert "flip" not in batch
 
 
 def test_building_the_data_module_touches_no_disk(tmp_path: Path) -> None:
-    CIFAR10(str(tmp_path / "none"))
+    ImageData(CIFAR10(str(tmp_path / "none")))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_images_are_named_with_what_to_do(root: Path) -> None:
     empty = root / "empty"
-    data = CIFAR10(str(empty), download=False)
+    data = ImageData(CIFAR10(str(empty), download=False))
     data.prepare_data()
     with pytest.raises(FileNotFoundError) as caught:
         data.setup("fit")
     message = str(caught.value)
     assert "\n" not in message
-    for part in (str(empty), FOLDER, "cifar-10-python.tar.gz", "--data.init_args.root", "download to true"):
+    for part in (str(empty), FOLDER, "cifar-10-python.tar.gz", "--data.source.root", "download to true"):
         assert part in message
 
 
 def test_a_failed_download_says_so_with_what_is_missing(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz is in .*download failed: .*No such file"):
-        CIFAR10(str(root / "empty")).prepare_data()
+        ImageData(CIFAR10(str(root / "empty"))).prepare_data()
 
 
 @pytest.mark.usefixtures("archive")
 def test_missing_images_are_downloaded_and_unpacked(root: Path) -> None:
-    data = CIFAR10(str(root / "fresh"))
+    data = ImageData(CIFAR10(str(root / "fresh")))
     data.prepare_data()
     assert len(data.dataset("train")) == 60
 
@@ -132,10 +133,10 @@ def test_an_archive_that_is_there_is_unpacked_without_a_network(
     root: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.CIFAR10, "url", (root / "nowhere.tar.gz").as_uri())
-    packed = CIFAR10(str(archive.parent), download=False)
+    packed = ImageData(CIFAR10(str(archive.parent), download=False))
     with pytest.raises(FileNotFoundError, match="there but not unpacked"):
         packed.setup("fit")
-    data = CIFAR10(str(archive.parent))
+    data = ImageData(CIFAR10(str(archive.parent)))
     data.prepare_data()
     assert len(data.dataset("test")) == 12
 
@@ -144,7 +145,7 @@ def test_half_an_archive_is_called_incomplete(root: Path, archive: Path, monkeyp
     whole = archive.read_bytes()
     archive.write_bytes(whole[: len(whole) // 2])
     monkeypatch.setattr(datasets.CIFAR10, "url", (root / "nowhere.tar.gz").as_uri())
-    data = CIFAR10(str(archive.parent))
+    data = ImageData(CIFAR10(str(archive.parent)))
     with pytest.raises(FileNotFoundError, match=r"tar\.gz is incomplete or damaged \([\d,]+ bytes.*download failed"):
         data.prepare_data()
 
@@ -152,14 +153,14 @@ def test_half_an_archive_is_called_incomplete(root: Path, archive: Path, monkeyp
 def test_a_download_that_arrives_damaged_is_refused(root: Path, archive: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(FileNotFoundError, match=r"incomplete or damaged .*corrupted"):
-        CIFAR10(str(root / "fresh")).prepare_data()
+        ImageData(CIFAR10(str(root / "fresh"))).prepare_data()
 
 
 def test_a_damaged_or_missing_file_is_named(root: Path) -> None:
     third = root / FOLDER / "data_batch_3"
     third.write_bytes(third.read_bytes()[:-10])
     with pytest.raises(FileNotFoundError, match=r"damaged files \(data_batch_3\)"):
-        CIFAR10(str(root), download=False).setup("fit")
+        ImageData(CIFAR10(str(root), download=False)).setup("fit")
     third.unlink()
     with pytest.raises(FileNotFoundError, match="lacks data_batch_3;"):
-        CIFAR10(str(root), download=False).setup("fit")
+        ImageData(CIFAR10(str(root), download=False)).setup("fit")

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from diffusion_lit import cli
-from diffusion_lit.data import Folder
-from diffusion_lit.data.base import CorruptImage, CorruptImageWarning
+from diffusion_lit.data import CorruptImage, CorruptImageWarning, Folder, ImageData
 from diffusion_lit.images import from_uint8
 from tests import tiny
 from tests.data.test_folder import greys, paint
 from tests.test_cli import CPU, QUIET, fit_args
 
-SMALL = ["--frechet.every_n_steps", "null", "--sample_grid.every_n_steps", "null", "--model.network.init_args.width"]
+SMALL = ["--evaluation.every_n_steps", "null", "--sample_grid.every_n_steps", "null", "--model.network.width"]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -27,7 +26,7 @@ def test_links_to_images_and_folders_elsewhere_are_followed(tmp_path: Path, in_m
     paint(outside / "b.png", 20)
     (root / "b.png").symlink_to(outside / "b.png")
     (root / "c").symlink_to(outside / "deep")
-    assert greys(Folder(str(root), 8, in_memory=in_memory)) == [10, 20, 30]
+    assert greys(ImageData(Folder(str(root), 8, in_memory=in_memory))) == [10, 20, 30]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -35,17 +34,17 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, in_memory: bool) -> 
     paint(tmp_path / "a.png", 10)
     (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(CorruptImage, match=r"b\.png: .*No such file"):
-        greys(Folder(str(tmp_path), 8, in_memory=in_memory))
+        greys(ImageData(Folder(str(tmp_path), 8, in_memory=in_memory)))
     if in_memory:
         with pytest.warns(CorruptImageWarning, match=r"b\.png"):
-            assert greys(Folder(str(tmp_path), 8, in_memory=True, on_corrupt="skip")) == [10]
+            assert greys(ImageData(Folder(str(tmp_path), 8, in_memory=True), on_corrupt="skip")) == [10]
 
 
 def test_pipes_and_folders_with_names_of_images_are_no_images(tmp_path: Path) -> None:
     paint(tmp_path / "a.png", 10)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
-    assert greys(Folder(str(tmp_path), 8)) == [10]
+    assert greys(ImageData(Folder(str(tmp_path), 8))) == [10]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -54,7 +53,7 @@ def test_names_that_are_not_utf_8_are_read(tmp_path: Path, in_memory: bool) -> N
         folder = os.fsencode(tmp_path) + b"/" + name
         os.mkdir(folder)
         Image.new("L", (8, 8), grey).save(os.fsdecode(folder + b"/\xe4.png"))
-    data = Folder(str(tmp_path), 8, in_memory=in_memory)
+    data = ImageData(Folder(str(tmp_path), 8, in_memory=in_memory))
     assert sorted(greys(data)) == [10, 20]
     labels = data.dataset("train").batch([0, 1])["label"]
     assert labels.tolist() == [0, 1]
@@ -68,8 +67,8 @@ def test_a_damaged_image_whose_name_is_not_utf_8_can_be_named(
     os.mkdir(root)
     (Path(root) / os.fsdecode(b"\xfc.png")).write_bytes(b"nothing")
     paint(Path(root) / "a.png", 1)
-    overrides = ["--data", "diffusion_lit.data.Folder", "--data.init_args.root", root, "--data.init_args.channels", "1"]
-    args = fit_args(tmp_path / "run", *QUIET, *SMALL, "16", *overrides, "--data.init_args.image_size", "8")
+    overrides = ["--data.source", "Folder", "--data.source.root", root, "--data.source.channels", "1"]
+    args = fit_args(tmp_path / "run", *QUIET, *SMALL, "16", *overrides, "--data.source.image_size", "8")
     with pytest.raises(SystemExit):
         cli.main([*args, *CPU])
     line = capfd.readouterr().err.splitlines()[-1]
@@ -83,20 +82,20 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_and_trains_through_a_link(
     root = os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn")
     for i in range(3):
         paint(Path(root) / f"{i}.png", 20 * i)
-    overrides = ["--data", "diffusion_lit.data.Folder", "--data.init_args.channels", "1"]
-    args = fit_args(tmp_path / "run", *QUIET, *SMALL, "16", *overrides, "--data.init_args.image_size", "8")
+    overrides = ["--data.source", "Folder", "--data.source.channels", "1"]
+    args = fit_args(tmp_path / "run", *QUIET, *SMALL, "16", *overrides, "--data.source.image_size", "8")
     with pytest.raises(SystemExit):
-        cli.main([*args, *CPU, "--data.init_args.root", root])
+        cli.main([*args, *CPU, "--data.source.root", root])
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.endswith(r"gr\udcfcn is not UTF-8, as configurations are; rename it, or give a link to it")
     (tmp_path / "link").symlink_to(root)
-    cli.main([*args, *CPU, "--data.init_args.root", str(tmp_path / "link")])
+    cli.main([*args, *CPU, "--data.source.root", str(tmp_path / "link")])
     assert tiny.load(tiny.last(tmp_path / "run"))["global_step"] == 2
 
 
 def test_a_single_image_trains(tmp_path: Path) -> None:
     paint(tmp_path / "images" / "a.png", 70)
-    data = Folder(str(tmp_path / "images"), 8, channels=1, batch_size=4)
+    data = ImageData(Folder(str(tmp_path / "images"), 8, channels=1), batch_size=4)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     torch.testing.assert_close(from_uint8(batch["image"]), torch.full((4, 1, 8, 8), 70 / 127.5 - 1))
@@ -119,7 +118,7 @@ def test_modes_and_sizes_may_be_mixed_in_one_folder(tmp_path: Path) -> None:
             image.putpalette([value for grey in range(256) for value in (grey, grey, grey)])
         image.save(tmp_path / f"{i}.png")
     Image.new("CMYK", (9, 31), (0, 0, 0, 175)).save(tmp_path / "7.jpg", quality=100)
-    images = Folder(str(tmp_path), 8).dataset("train").batch(range(8))["image"]
+    images = ImageData(Folder(str(tmp_path), 8)).dataset("train").batch(range(8))["image"]
     assert images.shape == (8, 3, 8, 8)
     expected = torch.tensor([80, 80, 80, 80, 80, 0, 80, 80], dtype=torch.uint8).view(8, 1, 1, 1).expand_as(images)
     assert (images.int() - expected.int()).abs().max() <= 1
@@ -133,7 +132,7 @@ def test_a_hundred_thousand_files_in_one_folder_are_listed_and_read(tmp_path: Pa
     for i in range(100_000):
         (tmp_path / "many" / f"{i:06}.png").write_bytes(content)
     start = time.monotonic()
-    data = Folder(str(tmp_path / "many"), 8, channels=1, batch_size=128, in_memory=False)
+    data = ImageData(Folder(str(tmp_path / "many"), 8, channels=1, in_memory=False), batch_size=128)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     print(f"100,000 files listed and a batch read in {time.monotonic() - start:.1f} s")

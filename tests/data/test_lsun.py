@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusion_lit.data import lsun
-from diffusion_lit.data.base import Batches, CorruptImage, CorruptImageWarning, as_is
+from diffusion_lit.data import CorruptImage, CorruptImageWarning, ImageData, lsun
+from diffusion_lit.data.batches import Batches, as_is
+from diffusion_lit.data.decode import SmallImageWarning
 from diffusion_lit.data.lsun import LSUN, LSUNImages, list_keys
 from tests.data.adm import adm_center_crop
 
@@ -43,21 +44,21 @@ def root(tmp_path: Path, encoded: list[bytes]) -> Path:
 
 
 def test_images_are_those_in_the_database_cropped_and_resized(root: Path, encoded: list[bytes]) -> None:
-    images = LSUN(str(root), "tower", 64).dataset("train")
+    images = ImageData(LSUN(str(root), "tower", 64)).dataset("train")
     by_key = {hashlib.sha1(b"%d" % i + data).hexdigest(): data for i, data in enumerate(encoded)}
     assert len(images) == len(encoded)
     for index, key in enumerate(sorted(by_key)):
         expected = adm_center_crop(Image.open(io.BytesIO(by_key[key])).convert("RGB"), 64)
-        image, label = images.read(index)
-        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
-        assert label is None
+        example = images.read(index)
+        assert list(example) == ["image"]
+        np.testing.assert_array_equal(example["image"].permute(1, 2, 0).numpy(), expected)
 
 
 def test_scenes_have_a_validation_part_and_objects_have_none(root: Path) -> None:
-    scene = LSUN(str(root), "tower", 16)
+    scene = ImageData(LSUN(str(root), "tower", 16))
     scene.setup("fit")
     assert len(scene.dataset("val")) == 3
-    thing = LSUN(str(root), "cat", 16)
+    thing = ImageData(LSUN(str(root), "cat", 16))
     thing.setup("fit")
     assert len(thing.dataset("train")) == 4
     assert thing.val_dataloader() == []
@@ -68,8 +69,8 @@ def test_scenes_have_a_validation_part_and_objects_have_none(root: Path) -> None
 def test_either_spelling_of_a_folder_is_found(root: Path) -> None:
     (root / "cat").rename(root / "cat_train_lmdb")
     (root / "tower_train_lmdb").rename(root / "tower")
-    assert len(LSUN(str(root), "cat", 16).dataset("train")) == 4
-    assert len(LSUN(str(root), "tower", 16).dataset("train")) == 10
+    assert len(ImageData(LSUN(str(root), "cat", 16)).dataset("train")) == 4
+    assert len(ImageData(LSUN(str(root), "tower", 16)).dataset("train")) == 10
 
 
 @pytest.mark.parametrize(
@@ -78,24 +79,24 @@ def test_either_spelling_of_a_folder_is_found(root: Path) -> None:
 )
 def test_a_mistyped_category_names_the_nearest(typed: str, meant: str) -> None:
     with pytest.raises(ValueError, match=rf"no category '{typed}'; did you mean {meant}\?"):
-        LSUN("data", typed)
+        ImageData(LSUN("data", typed))
 
 
 def test_missing_images_are_named_with_every_place_looked_at(root: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        LSUN(str(root), "kitchen").setup("fit")
+        ImageData(LSUN(str(root), "kitchen")).setup("fit")
     message = str(caught.value)
     assert "\n" not in message
-    for part in (f"{root}/kitchen_train_lmdb", f"{root}/kitchen,", "data.mdb", "--data.init_args.root"):
+    for part in (f"{root}/kitchen_train_lmdb", f"{root}/kitchen,", "data.mdb", "--data.source.root"):
         assert part in message
     (root / "kitchen_train_lmdb.zip").write_bytes(b"PK")
     with pytest.raises(FileNotFoundError, match=r"unzip .*kitchen_train_lmdb\.zip where it is"):
-        LSUN(str(root), "kitchen").setup("fit")
+        ImageData(LSUN(str(root), "kitchen")).setup("fit")
 
 
 def test_training_goes_without_a_missing_validation_part(root: Path, encoded: list[bytes]) -> None:
     write(root / "bridge_train_lmdb", encoded[:2])
-    data = LSUN(str(root), "bridge", 16)
+    data = ImageData(LSUN(str(root), "bridge", 16))
     data.setup("fit")
     assert data.val_dataloader() == []
     with pytest.raises(ValueError, match=r"no val images; put bridge_val_lmdb into"):
@@ -108,25 +109,25 @@ def test_half_a_database_is_refused_before_it_is_read(root: Path) -> None:
     with file.open("r+b") as stream:
         stream.truncate(size // 2)
     with pytest.raises(ValueError, match=rf"data\.mdb is incomplete: {size // 2:,} of {size:,} bytes"):
-        LSUN(str(root), "tower", 16).prepare_data()
+        ImageData(LSUN(str(root), "tower", 16)).prepare_data()
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "data.mdb").write_bytes(b"junk" * 4096)
     with pytest.raises(ValueError, match="cat is not a readable LMDB"):
-        LSUN(str(tmp_path), "cat", 16).setup("fit")
+        ImageData(LSUN(str(tmp_path), "cat", 16)).setup("fit")
 
 
 def test_a_database_without_entries_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "cat", [])
     with pytest.raises(ValueError, match="without any entry"):
-        LSUN(str(tmp_path), "cat", 16).setup("fit")
+        ImageData(LSUN(str(tmp_path), "cat", 16)).setup("fit")
 
 
 @pytest.mark.filterwarnings(FEW_CORES)
 def test_forked_workers_read_a_database_that_was_open_before_the_fork(root: Path) -> None:
-    images = LSUN(str(root), "tower", 32).dataset("train")
+    images = ImageData(LSUN(str(root), "tower", 32)).dataset("train")
     expected = images.batch(range(10))["image"]
     for _ in range(2):
         loader = DataLoader(
@@ -142,7 +143,7 @@ def test_forked_workers_read_a_database_that_was_open_before_the_fork(root: Path
 
 @pytest.mark.filterwarnings(FEW_CORES)
 def test_workers_serve_training_validation_and_statistics(root: Path) -> None:
-    alone, helped = (LSUN(str(root), "tower", 16, batch_size=4, num_workers=n) for n in (0, 2))
+    alone, helped = (ImageData(LSUN(str(root), "tower", 16), batch_size=4, num_workers=n) for n in (0, 2))
     one, other = iter(alone.train_dataloader()), iter(helped.train_dataloader())
     for _ in range(6):
         assert torch.equal(next(one)["image"], next(other)["image"])
@@ -151,16 +152,21 @@ def test_workers_serve_training_validation_and_statistics(root: Path) -> None:
     assert len(statistics[0]) == 10
 
 
+def test_enlarged_images_are_counted_in_one_warning(root: Path) -> None:
+    with pytest.warns(SmallImageWarning, match=r"3 of 3 images are smaller than image_size=301 .* 340 x 300") as warned:
+        ImageData(LSUN(str(root), "tower", 301)).dataset("val")
+    assert len(warned) == 1
+
+
 def test_the_set_can_be_pickled_and_read_after(root: Path) -> None:
-    images = LSUN(str(root), "tower", 16).dataset("train")
-    image, _ = images.read(7)
-    again, _ = pickle.loads(pickle.dumps(images)).read(7)
-    assert torch.equal(again, image)
+    images = ImageData(LSUN(str(root), "tower", 16)).dataset("train")
+    again = pickle.loads(pickle.dumps(images))
+    assert torch.equal(again.read(7)["image"], images.read(7)["image"])
 
 
 def test_keys_are_listed_once_and_kept_beside_the_database(root: Path, encoded: list[bytes]) -> None:
     path = root / "tower_train_lmdb"
-    LSUN(str(root), "tower", 16).prepare_data()
+    ImageData(LSUN(str(root), "tower", 16)).prepare_data()
     (kept,) = root.glob("*.npy")
     assert kept.name.startswith("tower_train_lmdb-10-")
     listed = [bytes(key) for key in np.load(kept)]
@@ -224,7 +230,7 @@ def broken(tmp_path: Path, encoded: list[bytes]) -> tuple[Path, int, str]:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_corrupt_image_stops_and_its_key_is_named(broken: tuple[Path, int, str], num_workers: int) -> None:
     root, _, key = broken
-    data = LSUN(str(root), "cat", 16, batch_size=6, num_workers=num_workers)
+    data = ImageData(LSUN(str(root), "cat", 16), batch_size=6, num_workers=num_workers)
     loader = data.train_dataloader()
     with pytest.raises(CorruptImage, match=rf"cat, key {key}: .*truncated"):
         next(iter(loader))
@@ -237,19 +243,19 @@ def test_a_corrupt_image_stops_and_its_key_is_named(broken: tuple[Path, int, str
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_skipped_images_are_counted_also_by_workers(broken: tuple[Path, int, str], num_workers: int) -> None:
     root, bad, _ = broken
-    data = LSUN(str(root), "cat", 16, num_workers=num_workers, on_corrupt="skip")
+    data = ImageData(LSUN(str(root), "cat", 16), num_workers=num_workers, on_corrupt="skip")
     batches = list(data.reference_batches(0, 1, 2))
     assert data.corrupt() == [bad]
     assert sum(len(batch) for batch in batches) == data.num_images() == 5
     images = LSUNImages("cat", root / "cat", 16)
-    expected = [images.read(i)[0] for i in range(6) if i != bad]
+    expected = [images.read(i)["image"] for i in range(6) if i != bad]
     assert torch.equal(torch.cat(batches), torch.stack(expected))
 
 
 def test_fingerprints_differ_where_images_do_and_not_with_the_path(root: Path, encoded: list[bytes]) -> None:
-    first = LSUN(str(root), "tower", 16).fingerprint()
-    assert LSUN(str(root), "tower", 16).fingerprint() == first
-    assert LSUN(str(root), "tower", 32).fingerprint() != first
-    assert LSUN(str(root), "tower", 16).fingerprint("val") != first
+    first = ImageData(LSUN(str(root), "tower", 16)).fingerprint()
+    assert ImageData(LSUN(str(root), "tower", 16)).fingerprint() == first
+    assert ImageData(LSUN(str(root), "tower", 32)).fingerprint() != first
+    assert ImageData(LSUN(str(root), "tower", 16)).fingerprint("val") != first
     write(root / "moved" / "tower_train_lmdb", encoded)
-    assert LSUN(str(root / "moved"), "tower", 16).fingerprint() == first
+    assert ImageData(LSUN(str(root / "moved"), "tower", 16)).fingerprint() == first

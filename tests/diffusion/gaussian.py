@@ -9,7 +9,7 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor, nn
 
-from diffusion_lit.diffusion import DiscreteProcess
+from diffusion_lit.diffusion import DiscreteProcess, Process
 from diffusion_lit.types import Condition, DenoiseFn, Prediction
 
 Array = npt.NDArray[np.float64]
@@ -63,7 +63,7 @@ class Mixture:
     means: Array
     variances: Array
 
-    def denoise(self, process: DiscreteProcess) -> DenoiseFn:
+    def denoise(self, process: Process) -> DenoiseFn:
         def predict(x_t: Tensor, t: Tensor) -> Prediction:
             alpha, sigma = process.alpha_sigma(t)
             weights, means, variances = map(torch.from_numpy, (self.weights, self.means, self.variances))
@@ -80,13 +80,13 @@ class Mixture:
         spread = np.sqrt(alpha**2 * self.variances + sigma**2)
         return float(self.weights @ stats.norm.cdf((x - alpha * self.means) / spread))
 
-    def flow(self, x_t: Tensor, process: DiscreteProcess, t: Tensor, s: Tensor) -> Tensor:
+    def flow(self, x_t: Tensor, process: Process, t: Tensor, s: Tensor) -> Tensor:
         """Where the probability flow takes x_t: on a line it keeps what lies below."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = ([float(c) for c in process.alpha_sigma(time)] for time in (t, s))
-        found = []
+        found, bound = [], 9 * max(alpha_s, sigma_s)
         for x in x_t.flatten().tolist():
             below = self.distribution(x, alpha_t, sigma_t)
-            root = optimize.brentq(lambda y: self.distribution(y, alpha_s, sigma_s) - below, -9, 9, xtol=1e-14)  # noqa: B023
+            root = optimize.brentq(lambda y: self.distribution(y, alpha_s, sigma_s) - below, -bound, bound, xtol=1e-14)  # noqa: B023
             found.append(root)
         return torch.tensor(found, dtype=torch.float64).reshape(x_t.shape)
 

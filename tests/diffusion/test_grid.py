@@ -1,8 +1,25 @@
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from diffusion_lit.diffusion import DiscreteProcess, Grid, Karras, LogSNR, Quadratic, Spanning, Trailing, Uniform
+from diffusion_lit.diffusion import (
+    DiscreteProcess,
+    Grid,
+    Karras,
+    Linear,
+    LogSNR,
+    Process,
+    Quadratic,
+    Spanning,
+    Trailing,
+    Uniform,
+    VarianceExploding,
+    VariancePreserving,
+)
 
 GRIDS = [Uniform(), Quadratic(), Spanning(), Trailing(), LogSNR(), Karras()]
 
@@ -15,6 +32,99 @@ def indices(grid: Grid, steps: int, process: DiscreteProcess) -> list[int]:
     """The papers' indices, rising, counted from zero."""
     times = grid(steps, process)
     return [round(t * process.num_steps) - 1 for t in times[:-1].flip(0).tolist()]
+
+
+def frozen_positions(name: str, steps: int, total: int, process: DiscreteProcess) -> Tensor:
+    """The rules of version 0.1.0, as they were written there: positions counted from zero, before rounding down."""
+    f64 = torch.float64
+
+    def nearest(lambdas: Tensor) -> Tensor:
+        return (process.time_at(2 * lambdas) * total).round().flip(0) - 1
+
+    least, most = (process.log_snr(torch.tensor([1, 1 / total], dtype=f64)) / 2).tolist()
+    high, low = min(80.0, math.exp(-least)) ** (1 / 7.0), max(0.002, math.exp(-most)) ** (1 / 7.0)
+    rules: dict[str, Callable[[], Tensor]] = {
+        "Uniform": lambda: torch.arange(steps, dtype=f64) * total / steps,
+        "Quadratic": lambda: torch.linspace(0, (0.8 * total) ** 0.5, steps, dtype=f64).square() + 1e-9,
+        "Spanning": lambda: torch.linspace(0, total - 1, steps, dtype=f64).round(),
+        "Trailing": lambda: (torch.arange(1, steps + 1, dtype=f64) * total / steps).round() - 1,
+        "LogSNR": lambda: nearest(torch.linspace(max(-5.1, least), most, steps, dtype=f64)),
+        "Karras": lambda: nearest(-7.0 * torch.linspace(high, low, steps, dtype=f64).log()),
+    }
+    return rules[name]()
+
+
+def frozen_times(name: str, steps: int, process: DiscreteProcess) -> Tensor:
+    total = process.num_steps
+    indices: list[int] = []
+    for i, index in enumerate(frozen_positions(name, steps, total, process).floor().long().tolist()):
+        lowest = indices[-1] + 1 if indices else 0
+        indices.append(min(max(index, lowest), total - steps + i))
+    times = (torch.tensor(indices, dtype=torch.float64) + 1) / total
+    return torch.cat([times.flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 50, 101, 256, 1000, 4000])
+@pytest.mark.parametrize("grid", GRIDS, ids=named)
+def test_on_a_chain_every_grid_is_bit_for_bit_that_of_version_0_1_0(grid: Grid, total: int) -> None:
+    process = DiscreteProcess(total)
+    every = range(1, total + 1) if total <= 101 else [*range(1, 40), *range(64, total, total // 7), total - 1, total]
+    for steps in every:
+        assert torch.equal(grid(steps, process), frozen_times(named(grid), steps, process)), steps
+
+
+def test_spanning_and_trailing_round_halves_to_even() -> None:
+    # Positions 0, 49.5 and 99, and times 12.5, 25, 37.5 and 50.
+    assert indices(Spanning(), 3, DiscreteProcess(100)) == [0, 50, 99]
+    assert indices(Spanning(), 3, DiscreteProcess(102)) == [0, 50, 101]
+    assert indices(Trailing(), 4, DiscreteProcess(50)) == [11, 24, 37, 49]
+
+
+CONTINUOUS = [VariancePreserving(), VariancePreserving(first_time=1e-3), VarianceExploding()]
+
+
+@pytest.mark.parametrize("process", CONTINUOUS, ids=["vp", "vp from 1e-3", "ve"])
+@pytest.mark.parametrize("grid", GRIDS, ids=named)
+def test_in_continuous_time_a_grid_has_s_distinct_times_within_the_process(grid: Grid, process: Process) -> None:
+    for steps in (1, 2, 18, 999):
+        times = grid(steps, process)
+        assert times.shape == (steps + 1,)
+        assert times[-1] == 0
+        assert (times.diff() < 0).all()
+        assert process.first_time <= times[-2]
+        assert times[0] <= 1
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=named)
+def test_a_grid_in_continuous_time_is_the_limit_of_those_of_long_chains(grid: Grid) -> None:
+    # beta_k = beta(k / T) / T, in the limit T -> infinity.
+    total = 200_000
+    chain = DiscreteProcess(total, Linear(0.1 / total, 20 / total))
+    for steps in (1, 7, 50):
+        limit = grid(steps, VariancePreserving(first_time=1 / total))
+        torch.testing.assert_close(grid(steps, chain), limit, rtol=1e-2, atol=3 / total)
+
+
+def test_a_karras_grid_on_edms_process_has_edms_noise_levels() -> None:
+    for count in (18, 40):
+        sigmas = 80 * Karras(0.002, 80.0)(count, VarianceExploding(0.002, 80.0)).numpy()
+        i = np.arange(count)
+        expected = (80 ** (1 / 7) + i / (count - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        np.testing.assert_allclose(sigmas[:-1], expected, rtol=1e-12)
+
+
+def test_a_log_snr_grid_in_continuous_time_is_even_in_lambda() -> None:
+    for process in (VariancePreserving(), VarianceExploding()):
+        lambdas = process.log_snr(LogSNR(-100.0)(20, process)[:-1]) / 2
+        first, last = (process.log_snr(torch.tensor([1, process.first_time], dtype=torch.float64)) / 2).tolist()
+        np.testing.assert_allclose(lambdas, np.linspace(first, last, 20), rtol=1e-6)
+
+
+def test_times_that_coincide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sampler.steps=30 are too many for Trailing.*first time is 0\.1"):
+        Trailing()(30, VariancePreserving(first_time=0.1))
+    with pytest.raises(ValueError, match=r"sampler.steps=0 must be at least 1"):
+        Trailing()(0, VariancePreserving())
 
 
 @pytest.mark.parametrize("num_steps", [7, 1000])
@@ -84,6 +194,6 @@ def test_trailing_rounds_to_the_nearest_time() -> None:
 @pytest.mark.parametrize("steps", [1001, 0, -3])
 @pytest.mark.parametrize("grid", GRIDS, ids=named)
 def test_more_steps_than_the_chain_has_or_fewer_than_one_are_refused(grid: Grid, steps: int) -> None:
-    message = rf"sampler.steps={steps} must lie in 1 .. 1000.*init_args.steps"
+    message = rf"sampler.steps={steps} must lie in 1 .. 1000.*--model.sampler.steps 1000"
     with pytest.raises(ValueError, match=message):
         grid(steps, DiscreteProcess())

@@ -16,7 +16,9 @@ from diffusion_lit.diffusion import (
     Hybrid,
     LearnedRange,
     Linear,
+    LossSecondMoment,
     Objective,
+    Seen,
     VariationalBound,
 )
 from diffusion_lit.diffusion.likelihood import bits_per_dim
@@ -80,7 +82,7 @@ def bits_of(network: Linearly, x0: Tensor) -> Tensor:
 
 
 def run(objective: Objective, network: nn.Module, x0: Tensor) -> dict[str, Tensor]:
-    return objective(Denoiser(network, Eps(), PROCESS), x0, {}, seeded())
+    return objective(Denoiser(network, Eps(), PROCESS), x0, {}, generator=seeded())
 
 
 @torch.no_grad()
@@ -125,7 +127,7 @@ def test_in_hybrid_the_bound_trains_the_variance_and_not_the_mean() -> None:
 @pytest.mark.parametrize("spread", [-20.0, 0.0, 20.0])
 def test_gradients_are_finite_whatever_the_variance(objective: Objective, spread: float) -> None:
     network = Linearly(spread=spread)
-    found = objective(Denoiser(network, Eps(), DiscreteProcess(2)), images(40), {}, seeded())
+    found = objective(Denoiser(network, Eps(), DiscreteProcess(2)), images(40), {}, generator=seeded())
     assert set(found["t"].tolist()) == {0.5, 1.0}
     found["loss"].backward()  # type: ignore[no-untyped-call]
     for parameter in network.parameters():
@@ -151,8 +153,8 @@ def test_the_bound_can_be_minimised_with_a_fixed_variance_too() -> None:
         run(VariationalBound(), One(), x0)
 
 
-def test_what_is_observed_decides_where_times_are_drawn() -> None:
-    objective = VariationalBound(history=1, uniform=0.001)
+def test_losses_of_all_processes_decide_where_times_are_drawn() -> None:
+    objective = VariationalBound(times=LossSecondMoment(history=1, uniform=0.001))
     network = Linearly()
     before = run(objective, network, images(4000))["t"]
     every = torch.arange(1, T + 1, dtype=torch.float64) / T
@@ -161,7 +163,8 @@ def test_what_is_observed_decides_where_times_are_drawn() -> None:
         # The other process saw the second half of the chain, where losses are 0.
         return torch.cat([tensor, torch.stack([every[T // 2 :], torch.zeros(T // 2, dtype=torch.float64)], dim=1)])
 
-    objective.observe(every[: T // 2], torch.ones(T // 2), with_another)
+    seen = Seen(every[: T // 2], torch.ones(T // 2))
+    objective.stepped(1, Denoiser(network, Eps(), PROCESS), seen, with_another)
     after = run(objective, network, images(4000))["t"]
     assert (before > 0.5).double().mean().item() == pytest.approx(0.5, abs=0.05)
     assert (after > 0.5).double().mean().item() < 0.005
@@ -169,7 +172,7 @@ def test_what_is_observed_decides_where_times_are_drawn() -> None:
 
 def test_a_chain_of_one_step_is_refused() -> None:
     for objective in (Hybrid(), VariationalBound()):
-        with pytest.raises(ValueError, match="num_steps of at least 2"):
+        with pytest.raises(ValueError, match="num_steps=1 must be at least 2"):
             objective(Denoiser(Linearly(), Eps(), DiscreteProcess(1)), images(2), {})
 
 

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -71,6 +72,43 @@ def test_the_decoder_integrates_a_gaussian_over_each_levels_interval() -> None:
     expected = np.diff(stats.norm.cdf(EDGES, mean, deviation))
     # Levels far outside have no less than the clamp.
     np.testing.assert_allclose(found, np.maximum(expected, 1e-12), rtol=1e-9, atol=1e-15)
+
+
+def interval(level: float, mean: float, deviation: float) -> float:
+    """log of a level's probability, in 60 digits."""
+    with mpmath.workdps(60):
+        lower, upper = (mpmath.mpf(level) + mpmath.mpf(d) / 255 - mpmath.mpf(mean) for d in (-1, 1))
+        above = mpmath.mpf(1) if level > 0.999 else mpmath.ncdf(upper / mpmath.mpf(deviation))
+        below = mpmath.mpf(0) if level < -0.999 else mpmath.ncdf(lower / mpmath.mpf(deviation))
+        return float(mpmath.log(max(above - below, mpmath.mpf("1e-12"))))
+
+
+@pytest.mark.parametrize("deviation", [0.005, 0.05, 0.6])
+@pytest.mark.parametrize("mean", [-0.9, 0.013, 0.6])
+def test_both_tails_have_all_their_digits(mean: float, deviation: float) -> None:
+    found = discretized_log_prob(LEVELS, torch.full_like(LEVELS, mean), torch.tensor(deviation, dtype=torch.float64))
+    expected = [interval(level, mean, deviation) for level in LEVELS.tolist()]
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_mirrored_images_have_the_same_probabilities() -> None:
+    deviation = torch.tensor(0.04, dtype=torch.float64)
+    means = torch.linspace(-0.8, 0.7, 256, dtype=torch.float64)
+    found, mirrored = (discretized_log_prob(s * LEVELS, s * means, deviation) for s in (1, -1))
+    assert torch.equal(found, mirrored)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2, 4), (2, 8)], ids=["not square", "vectors"])
+def test_the_bound_does_not_depend_on_the_shape_of_an_image(shape: tuple[int, ...]) -> None:
+    x0 = LEVELS[torch.randint(256, (2, 8, 1, 1), generator=torch.Generator().manual_seed(0))]
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        return Prediction(x0=0.5 * x_t, eps=x_t)
+
+    def bound(x0: Tensor) -> Tensor:
+        return bits_per_dim(denoise, x0, SHORT, FixedSmall(), seeded(x0), num_terms=7).total
+
+    torch.testing.assert_close(bound(x0.reshape(shape)), bound(x0), rtol=1e-12, atol=0)
 
 
 def test_float32_images_find_the_open_edges() -> None:

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diffusion_lit.diffusion import ImageNoise
+from diffusion_lit.diffusion import Gaussian, ImageNoise
 from diffusion_lit.diffusion.noise import normals
 from diffusion_lit.diffusion.philox import Words, philox
 
@@ -156,3 +156,20 @@ def test_noise_is_float32_of_one_row_for_each_image() -> None:
 def test_a_seed_or_an_image_out_of_range_is_refused(seed: int, indices: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageNoise(seed, indices, (1, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gaussian_training_noise_is_torchs(dtype: torch.dtype) -> None:
+    x = torch.zeros(3, 2, 5, dtype=dtype)
+    found = Gaussian().like(x, torch.Generator().manual_seed(0))
+    assert torch.equal(found, torch.randn(3, 2, 5, dtype=dtype, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(1)
+    found = Gaussian().like(x)
+    torch.manual_seed(1)
+    assert torch.equal(found, torch.randn(3, 2, 5, dtype=dtype))
+
+
+def test_gaussian_sampling_noise_is_that_of_the_images() -> None:
+    noise = Gaussian().images(7, [4, 9], (3, 2, 5), "cpu")
+    found = torch.stack([noise.draw(), noise.draw()])
+    assert torch.equal(found, draws(7, [4, 9], (3, 2, 5), 2))

@@ -35,7 +35,7 @@ def test_the_posterior_variance_has_ddpms_value() -> None:
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()])
 def test_the_last_steps_log_variance_is_the_one_before(variance: FixedSmall | FixedLarge) -> None:
-    log_variance = variance.of_step(DiscreteProcess(), at(1), at(0)).log()
+    log_variance = variance.between(DiscreteProcess(), at(1), at(0)).log()
     assert log_variance.item() == pytest.approx(-9.81672514, abs=1e-8)
 
 
@@ -157,12 +157,6 @@ def test_the_previous_time_is_one_entry_down_and_stops_at_0(num_steps: int) -> N
     process, t = DiscreteProcess(num_steps), times(num_steps)
     assert process.index(process.previous(t)).tolist() == list(range(num_steps))
     assert process.previous(at(0)).item() == 0
-
-
-def test_training_times_are_entries_1_to_T() -> None:
-    t = DiscreteProcess(5).sample_times(1000, torch.device("cpu"), torch.Generator().manual_seed(0))
-    assert t.dtype == torch.float64
-    assert sorted(set(t.tolist())) == [0.2, 0.4, 0.6, 0.8, 1.0]
 
 
 def moved(module: Denoiser) -> list[nn.Module]:

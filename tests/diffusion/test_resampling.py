@@ -6,9 +6,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diffusion_lit.diffusion import LossSecondMoment
+from diffusion_lit.diffusion import DiscreteProcess, LossSecondMoment, VariancePreserving
 
 CPU = torch.device("cpu")
+CHAIN = DiscreteProcess(3)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -66,7 +67,7 @@ def test_a_chain_without_any_loss_is_visited_uniformly() -> None:
 def test_draws_follow_the_probabilities_and_weights_undo_them() -> None:
     losses = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.1], dtype=torch.float64)
     times = told(LossSecondMoment(history=1, uniform=0.05), 5, [(k, float(losses[k - 1])) for k in range(1, 6)])
-    t, weights = times.draw(100_000, 5, CPU, seeded())
+    t, weights = times.draw(100_000, DiscreteProcess(5), CPU, seeded())
     k = (t * 5).round().long()
     p = times.probabilities(5)
     counts = torch.bincount(k, minlength=6)[1:].numpy()
@@ -87,7 +88,7 @@ def test_a_state_holds_all_that_was_learned_as_plain_tensors() -> None:
     second.load_state_dict(state)
     for times in (first, second):
         told(times, 3, [(1, 9.0), (3, 2.0)])
-    assert all(map(torch.equal, first.draw(50, 3, CPU, seeded()), second.draw(50, 3, CPU, seeded())))
+    assert all(map(torch.equal, first.draw(50, CHAIN, CPU, seeded()), second.draw(50, CHAIN, CPU, seeded())))
     second.load_state_dict({})
     assert second.probabilities(3).tolist() == pytest.approx([1 / 3] * 3)
     assert LossSecondMoment().state_dict() == {}
@@ -95,15 +96,17 @@ def test_a_state_holds_all_that_was_learned_as_plain_tensors() -> None:
 
 def test_what_does_not_fit_is_refused_with_the_remedy() -> None:
     state = told(LossSecondMoment(history=2), 3, [(1, 1.0)]).state_dict()
-    with pytest.raises(ValueError, match=r"keeps 2 losses per time, this objective 10; set .*history 2"):
+    with pytest.raises(ValueError, match=r"keeps 2 losses per time, these 10; set history of .*times to 2"):
         LossSecondMoment().load_state_dict(state)
     times = LossSecondMoment(history=2)
     times.load_state_dict(state)
     with pytest.raises(ValueError, match=r"chain of 3 steps, the process has 4; set .*num_steps 3"):
-        times.draw(1, 4, CPU)
+        times.draw(1, DiscreteProcess(4), CPU)
     settings: dict[str, Any]
     for settings in ({"history": 0}, {"uniform": 0.0}, {"uniform": 1.5}):
         with pytest.raises(ValueError, match=r"the paper has 10 and 0\.001"):
             LossSecondMoment(**settings)
     with pytest.raises(RuntimeError, match="before the first draw"):
         LossSecondMoment().update(torch.ones(1), torch.ones(1))
+    with pytest.raises(ValueError, match=r"LossSecondMoment is defined on a chain.*--model.process DiscreteProcess"):
+        LossSecondMoment().draw(1, VariancePreserving(), CPU)

@@ -16,6 +16,7 @@ from diffusion_lit.diffusion import (
     FixedSmall,
     Heun,
     Linear,
+    Process,
     Quadratic,
     Sampler,
     Trailing,
@@ -49,7 +50,7 @@ class Affine:
         return float(self.gain**2 + np.sum(self.impulses**2))
 
 
-def response(sampler: Sampler, process: DiscreteProcess, denoise: DenoiseFn) -> Affine:
+def response(sampler: Sampler, process: Process, denoise: DenoiseFn) -> Affine:
     """Feeds zeros and unit impulses: with a linear denoiser a sampler is an affine map."""
     steps = len(sampler.times(process)) - 1
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
@@ -176,44 +177,44 @@ def test_ddim_converges_to_the_probability_flow_at_first_order() -> None:
     np.testing.assert_allclose(ratios, 2, atol=0.2)
 
 
-def test_encoding_converges_to_the_flow_at_first_order() -> None:
+def test_inversion_converges_to_the_flow_at_first_order() -> None:
     x0 = torch.tensor([-0.8, 0.1, 0.4, 0.9], dtype=torch.float64).reshape(4, 1, 1, 1)
     errors = []
     for steps in (256, 512, 1024):
         sampler = DDIM(steps, 0.0, grid=Trailing(), clip=False)
         exact = flow(x0, 1.0, FINE_BARS[-1])
-        errors.append((sampler.encode(FINE_DENOISE, x0, FINE) - exact).abs().max().item())
+        errors.append((sampler.invert(FINE_DENOISE, x0, FINE) - exact).abs().max().item())
     assert errors[-1] < 0.02
     ratios = np.array(errors[:-1]) / np.array(errors[1:])
     np.testing.assert_allclose(ratios, 2, atol=0.2)
 
 
-def test_encoding_and_decoding_return_the_image_up_to_the_step() -> None:
+def test_inversion_and_sampling_return_the_image_up_to_the_step() -> None:
     x0 = torch.tensor([-0.8, 0.1, 0.4, 0.9], dtype=torch.float64).reshape(4, 1, 1, 1)
     errors = []
     for steps in (64, 128, 256, 512):
         sampler = DDIM(steps, 0.0, clip=False)
-        latent = sampler.encode(FINE_DENOISE, x0, FINE)
+        latent = sampler.invert(FINE_DENOISE, x0, FINE)
         errors.append((sampler(FINE_DENOISE, latent, FINE, silent) - x0).abs().max().item())
     assert errors[-1] < 0.03
     ratios = np.array(errors[:-1]) / np.array(errors[1:])
     np.testing.assert_allclose(ratios, 2, atol=0.1)
 
 
-def test_encoding_starts_from_the_image_itself_and_not_from_a_prediction_of_it() -> None:
+def test_inversion_starts_from_the_image_itself_and_not_from_a_prediction_of_it() -> None:
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         return Prediction(x0=torch.full_like(x_t, 9.0), eps=torch.full_like(x_t, 0.7))
 
     x0 = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64)
-    latent = DDIM(1, grid=Trailing()).encode(denoise, x0, FINE)
+    latent = DDIM(1, grid=Trailing()).invert(denoise, x0, FINE)
     bar = FINE_BARS[-1]
     assert latent.item() == pytest.approx(math.sqrt(bar) * 0.3 + math.sqrt(1 - bar) * 0.7, rel=1e-12)
 
 
-def test_encoding_ignores_eta_and_clipping() -> None:
+def test_inversion_ignores_eta_and_clipping() -> None:
     x0 = torch.full((1, 1, 1, 1), 2.5, dtype=torch.float64)
-    plain = DDIM(20, 0.0, clip=False).encode(FINE_DENOISE, x0, FINE)
-    assert torch.equal(plain, DDIM(20, 1.0, clip=True).encode(FINE_DENOISE, x0, FINE))
+    plain = DDIM(20, 0.0, clip=False).invert(FINE_DENOISE, x0, FINE)
+    assert torch.equal(plain, DDIM(20, 1.0, clip=True).invert(FINE_DENOISE, x0, FINE))
 
 
 def overshoot(x_t: Tensor, t: Tensor) -> Prediction:
@@ -281,7 +282,7 @@ def test_progress_is_told_after_every_evaluation_of_the_network() -> None:
     assert told == [(i, 5, i) for i in range(1, 6)]
     evaluations = 0
     told.clear()
-    DDIM(5).encode(counting, x, FINE, on_step)
+    DDIM(5).invert(counting, x, FINE, on_step)
     assert told == [(i, 5, i) for i in range(1, 6)]
 
 
@@ -299,7 +300,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     [
         (lambda: Ancestral(0), r"sampler.steps=0 must be at least 1"),
         (lambda: DDIM(-1), r"sampler.steps=-1 must be at least 1"),
-        (lambda: DDIM(10, eta=1.5), r"sampler.eta=1.5 must lie in \[0, 1\].*init_args.eta"),
+        (lambda: DDIM(10, eta=1.5), r"sampler.eta=1.5 must lie in \[0, 1\].*--model.sampler.eta"),
         (lambda: DDIM(2000).times(DiscreteProcess()), r"sampler.steps=2000 must lie in 1 .. 1000"),
         (lambda: slerp(torch.ones(1, 2), torch.ones(1, 2), 1.2), r"weight=1.2"),
         (lambda: slerp(torch.ones(1, 2), torch.ones(1, 3), 0.5), r"\(1, 2\) and \(1, 3\)"),

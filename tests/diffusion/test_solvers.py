@@ -225,7 +225,7 @@ def test_a_karras_grid_stays_within_the_process() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DPMSolver(order=4), r"sampler.order=4 must be 1, 2 or 3.*init_args.order"),
+        (lambda: DPMSolver(order=4), r"sampler.order=4 must be 1, 2 or 3.*--model.sampler.order"),
         (lambda: DPMSolver(0), r"sampler.steps=0 must be at least 1"),
         (lambda: Heun(-1), r"sampler.steps=-1 must be at least 1"),
         (lambda: Heun(2001).times(DiscreteProcess()), r"at most 1999"),

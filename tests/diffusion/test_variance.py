@@ -44,8 +44,8 @@ def test_the_variance_goes_from_small_to_large_with_what_the_network_says(k: int
     found = LearnedRange()(DiscreteProcess(), at(k), at(j), saying(v)).flatten().tolist()
     expected = [small, math.sqrt(small * large), large, large * math.sqrt(large / small)]
     assert found == pytest.approx(expected, rel=1e-9)
-    assert FixedSmall().of_step(DiscreteProcess(), at(k), at(j)).item() == pytest.approx(found[0], rel=1e-12)
-    assert FixedLarge().of_step(DiscreteProcess(), at(k), at(j)).item() == pytest.approx(found[2], rel=1e-12)
+    assert FixedSmall().between(DiscreteProcess(), at(k), at(j)).item() == pytest.approx(found[0], rel=1e-12)
+    assert FixedLarge().between(DiscreteProcess(), at(k), at(j)).item() == pytest.approx(found[2], rel=1e-12)
 
 
 def test_the_step_to_clean_data_ranges_from_the_clipped_posterior_to_beta_1() -> None:
@@ -76,7 +76,7 @@ def test_every_image_has_the_range_of_its_own_time() -> None:
 def test_a_network_without_enough_channels_is_told_how_many_it_needs(further: int | None) -> None:
     x0 = torch.zeros(2, 3, 4, 4)
     prediction = Prediction(x0, x0, None if further is None else torch.zeros(2, further, 4, 4))
-    wanted = rf"needs 6 channels of the network, it gave {3 + (further or 0)}; set .*out_channels 6"
+    wanted = rf"needs 6 output channels of the network, which has {3 + (further or 0)}; set .*out_channels 6"
     with pytest.raises(ValueError, match=wanted) as error:
         LearnedRange()(DiscreteProcess(), at(2), at(1), prediction)
     assert "\n" not in str(error.value)

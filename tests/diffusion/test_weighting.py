@@ -71,7 +71,7 @@ def test_variational_times_the_error_is_what_the_divergence_gains(variance: Fixe
 
 @pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()], ids=["small", "large"])
 def test_reverse_variances_are_the_posteriors_and_the_chains(variance: FixedVariance) -> None:
-    found = variance.of_step(DiscreteProcess(), TIMES[1:], TIMES[:-1])
+    found = variance.between(DiscreteProcess(), TIMES[1:], TIMES[:-1])
     torch.testing.assert_close(found, reverse_deviation(variance) ** 2, rtol=1e-9, atol=0)
 
 
@@ -82,7 +82,7 @@ def test_the_last_steps_weight_is_that_of_a_gaussian_of_the_clipped_variance() -
 
 
 def test_over_a_subsequence_the_large_variance_is_ddims_sigma_hat_squared() -> None:
-    found = FixedLarge().of_step(DiscreteProcess(), TIMES[499], TIMES[99]).item()
+    found = FixedLarge().between(DiscreteProcess(), TIMES[499], TIMES[99]).item()
     assert found == pytest.approx(1 - (BARS[500] / BARS[100]).item(), rel=1e-12)
 
 

@@ -1,71 +1,133 @@
-"""Tables are filled for a checkpoint by the command line, and what is done is not done again."""
+"""Tables are filled for a checkpoint in `test`, and what is on record is not evaluated again."""
 
 import csv
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
-from diffusion_lit import cli
-from diffusion_lit.evaluation.tables import PUBLISHED, AverageTable, DDIMTable, SamplerTable, StepTable
-from diffusion_lit.records import RESULTS, read_records
-from tests.test_cli import AVERAGES, CPU, QUIET, fit_args
+from diffusion_lit.callbacks import EMA, Checkpoints
+from diffusion_lit.data import Digits
+from diffusion_lit.diffusion import DDIM, X0, ClassifierFree, DiscreteProcess
+from diffusion_lit.evaluation import (
+    AverageTable,
+    DDIMTable,
+    Evaluation,
+    GuidanceTable,
+    Likelihood,
+    SamplerTable,
+    StepTable,
+    Table,
+)
+from diffusion_lit.evaluation.tables import PUBLISHED
+from diffusion_lit.images import from_uint8
+from diffusion_lit.metrics import Agreement, FrechetDistance, Pixels, PrecisionRecall
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.networks import UNet
+from diffusion_lit.records import RESULTS, describe, read_records
+from diffusion_lit.types import Condition, Network
+from tests import tiny
 
 SAMPLERS = ("Ancestral", "DDIM", "DPMSolver", "Heun")
-NUMBERS = ["--evaluation.num_images=12", "--evaluation.batch_size=6", "--trainer.limit_test_batches=1"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("tables") / "run"
-    snapshots = ["--checkpoints.keep_every_n_steps", "1", "--frechet.every_n_steps", "null"]
-    cli.main(fit_args(run, *QUIET, *AVERAGES, *snapshots, max_steps=3))
-    return run / "checkpoints" / "last.ckpt"
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of a run of three steps with a snapshot of each."""
+    callbacks = [EMA([0.9, 0.5]), Checkpoints(keep_every_n_steps=1)]
+    tiny.trainer(tmp_path / "run", 3, callbacks, logger=False).fit(tiny.module(), tiny.data())
+    return tiny.last(tmp_path / "run")
 
 
-def table(checkpoint: Path, *args: str) -> list[dict[str, str]]:
-    cli.main(["table", "--ckpt_path", str(checkpoint), *CPU, *QUIET, *NUMBERS, *args])
-    [newest] = sorted(checkpoint.parent.parent.glob("table_*.csv"), key=os.path.getmtime)[-1:]
-    with newest.open(newline="") as file:
+def fill(
+    checkpoint: Path, table: Table, model: DiffusionModule | None = None, more: Any = (), **settings: Any
+) -> list[dict[str, str]]:
+    """Fills a table and returns the rows of its .csv file."""
+    run_dir = checkpoint.parent.parent
+    given = {"scores": None, "extractor": Pixels(4), "num_images": 12, "batch_size": 6, **settings}
+    made = tiny.trainer(
+        run_dir, callbacks=[Evaluation(**given, table=table), *more], logger=False, limit_test_batches=1
+    )
+    made.test(model or tiny.module(), tiny.data(), str(checkpoint))
+    with (run_dir / f"table_{table.name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_ddims_table_has_every_cell_once_and_the_published_values_beside_it(checkpoint: Path) -> None:
+def test_ddims_table_has_every_cell_once_and_only_new_cells_are_computed(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
-    rows = table(checkpoint, "--table.steps=[2,10]", "--table.etas=[0,1]")
+    rows = fill(checkpoint, DDIMTable([2, 10], [0.0, 1.0]))
     assert [(row["row"], row["column"]) for row in rows] == [
         (name, steps) for name in ("0", "1", "sigma-hat") for steps in ("2", "10")
     ]
     assert [row["evaluations"] for row in rows] == ["2", "10"] * 3
-    assert [row["published"] for row in rows] == ["", "13.36", "", "41.07", "", "367.43"]
     records = read_records(run / RESULTS)
     assert [record["scores"]["frechet/pixels"] for record in records] == [float(row["frechet/pixels"]) for row in rows]
     assert [record["sampler"]["class"] for record in records] == ["DDIM"] * 4 + ["Ancestral"] * 2
-    assert all(record["sampler"]["grid"] == {"class": "Quadratic"} for record in records)
+    assert all(record["sampler"]["grid"]["class"] == "Quadratic" for record in records)
     assert not any(record["sampler"]["clip"] for record in records)
     text = (run / "table_ddim.md").read_text()
     assert "| eta \\ steps | 2 | 10 |" in text
-    assert "(13.36)" in text
     with Image.open(run / "table_ddim.png") as picture:
         assert picture.size == (990, 495)
 
     # A wider table: only the new cells are computed.
-    rows_of_more = table(checkpoint, "--table.steps=[2,3,10]", "--table.etas=[0,1]")
+    rows_of_more = fill(checkpoint, DDIMTable([2, 3, 10], [0.0, 1.0]))
     records = read_records(run / RESULTS)
     assert [record["evaluations"] for record in records[6:]] == [3, 3, 3]
     same = [row["frechet/pixels"] for row in rows_of_more if row["column"] != "3"]
     assert same == [row["frechet/pixels"] for row in rows]
     # Another number of images is another table.
-    table(checkpoint, "--table.steps=[2]", "--table.etas=[0]", "--table.sigma_hat=false", "--evaluation.num_images=6")
+    fill(checkpoint, DDIMTable([2], [0.0], sigma_hat=False), num_images=6)
     assert len(read_records(run / RESULTS)) == 10
+
+
+def test_published_values_stand_only_beside_their_own_data_features_process_and_network(checkpoint: Path) -> None:
+    rows = fill(checkpoint, DDIMTable([10], [0.0]))
+    assert [row["published"] for row in rows] == ["", ""]
+    text = (checkpoint.parent.parent / "table_ddim.md").read_text()
+    assert "13.36" not in text
+    assert "published" not in text
+
+    table = DDIMTable()
+    paper = DiffusionModule(UNet(), sampler=DDIM(2))
+    record: dict[str, Any] = {
+        "references": [{"name": "CIFAR-10 train"}],
+        "scores": {"fid": 5.0},
+        "process": describe(DiscreteProcess()),
+    }
+    assert table.compares(paper, record)
+    assert not DDIMTable(published=None).compares(paper, record)
+    assert not DDIMTable(published="celeba64").compares(paper, record)
+    assert not table.compares(DiffusionModule(UNet(width=64), sampler=DDIM(2)), record)
+    for name, value in (
+        ("references", [{"name": "Digits train"}]),
+        ("references", []),
+        ("scores", {"frechet/pixels": 5.0}),
+        ("process", describe(DiscreteProcess(500))),
+        ("process", {**record["process"], "schedule": {"class": "Cosine"}}),
+    ):
+        assert not table.compares(paper, {**record, name: value}), name
+
+
+def test_where_published_values_apply_they_stand_in_brackets_with_their_source(checkpoint: Path) -> None:
+    class Always(DDIMTable):
+        def compares(self, *_: Any) -> bool:
+            return True
+
+    rows = fill(checkpoint, Always([2, 10], [0.0, 1.0]))
+    assert [row["published"] for row in rows] == ["", "13.36", "", "41.07", "", "367.43"]
+    text = (checkpoint.parent.parent / "table_ddim.md").read_text()
+    assert "(13.36)" in text
+    assert "In brackets the FID that Song et al. 2021 published for cifar10" in text
 
 
 def test_every_sampler_is_scored_with_no_more_evaluations_than_its_column_says(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
-    before = len(read_records(run / RESULTS))
-    rows = table(checkpoint, "--table", "SamplerTable", "--table.evaluations=[2,5]")
-    records = read_records(run / RESULTS)[before:]
+    rows = fill(checkpoint, SamplerTable([2, 5]))
+    records = read_records(run / RESULTS)
     names = list(dict.fromkeys(row["row"] for row in rows))
     assert {sampler["class"] for sampler in (record["sampler"] for record in records)} == set(SAMPLERS)
     assert len(rows) == len(records) == 2 * len(names)
@@ -77,25 +139,109 @@ def test_every_sampler_is_scored_with_no_more_evaluations_than_its_column_says(c
     assert "| sampler \\ evaluations | 2 | 5 |" in text
     assert (run / "table_samplers.png").is_file()
     # Chosen samplers, and one cell more: only that one is computed.
-    one = '{"DDIM": {"class_path": "DDIM", "init_args": {"steps": 7}}}'
-    again = table(checkpoint, "--table", "SamplerTable", "--table.evaluations=[2,3]", "--table.samplers", one)
+    again = fill(checkpoint, SamplerTable([2, 3], {"DDIM": DDIM(7)}))
     assert again[0]["frechet/pixels"] == next(row["frechet/pixels"] for row in rows if row["row"] == "DDIM")
-    assert [record["evaluations"] for record in read_records(run / RESULTS)[before + len(rows) :]] == [3]
+    assert [record["evaluations"] for record in read_records(run / RESULTS)[len(rows) :]] == [3]
 
 
 def test_averages_and_steps_have_tables_too(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
-    rows = table(checkpoint, "--table", "AverageTable")
+    rows = fill(checkpoint, AverageTable())
     assert [row["row"] for row in rows] == ["0.5", "0.9", "raw"]
     assert len({row["frechet/pixels"] for row in rows}) == 3
-    before = len(read_records(run / RESULTS))
-    rows = table(checkpoint, "--table", "StepTable")
+    assert [record["weights_name"] for record in read_records(run / RESULTS)] == ["0.5", "0.9", "raw"]
+    rows = fill(checkpoint, StepTable())
     assert [row["row"] for row in rows] == ["1", "2", "3"]
-    records = read_records(run / RESULTS)[before:]
+    records = read_records(run / RESULTS)[3:]
     # The last step's primary average is scored already.
     assert [record["step"] for record in records] == [1, 2]
     assert Path(records[0]["checkpoint"]).name == "step_00000001.ckpt"
     assert {"table_averages.png", "table_steps.png"} <= {path.name for path in run.iterdir()}
+
+
+def test_what_comes_after_a_table_of_other_weights_sees_the_checkpoints_own(checkpoint: Path, tmp_path: Path) -> None:
+    def bound(place: Path, more: bool) -> dict[str, float]:
+        likelihood = Likelihood("train", num_images=4, num_terms=3)
+        if more:
+            fill(checkpoint, AverageTable(["raw"]), more=[likelihood])
+        else:
+            made = tiny.trainer(place, callbacks=[likelihood], logger=False, limit_test_batches=1)
+            made.test(tiny.module(), tiny.data(), str(checkpoint))
+        [record] = [r for r in read_records(place / RESULTS) if r["what"] == "likelihood"]
+        assert record["weights_name"] == "0.9"
+        scores: dict[str, float] = record["scores"]
+        return scores
+
+    assert bound(checkpoint.parent.parent, True) == bound(tmp_path / "alone", False)
+
+
+def test_values_that_are_not_positive_are_drawn_too(checkpoint: Path) -> None:
+    class Opposite(FrechetDistance):
+        def __call__(self, *args: Any) -> dict[str, float]:
+            return {"opposite": -super().__call__(*args)["frechet/pixels"]}
+
+    for table in (DDIMTable([2, 3], [0.0], sigma_hat=False), AverageTable(["0.9"]), AverageTable(["raw"])):
+        assert all(float(row["opposite"]) < 0 for row in fill(checkpoint, table, scores=[Opposite()]))
+
+
+# Guidance
+
+
+class Means(Network):
+    """Takes every image for the mean digit of its class, and without a class for the mean zero."""
+
+    image_size, in_channels, num_classes, has_null_label = 8, 1, 10, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        digits = Digits().load("train").batch(range(1797))
+        images = from_uint8(digits["image"])
+        means = [images[digits["label"] == label].mean(0) for label in range(10)]
+        self.means = nn.Parameter(torch.stack([*means, means[0]]))
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
+        return self.means[(condition or {})["label"]]
+
+
+def means(guided: bool = True) -> DiffusionModule:
+    guidance = ClassifierFree(0.5) if guided else None
+    return DiffusionModule(Means(), DiscreteProcess(20), X0(), sampler=DDIM(2), guidance=guidance)
+
+
+def means_checkpoint(place: Path) -> Path:
+    path = place / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": means().state_dict()}, path)
+    return path
+
+
+def test_the_conditional_model_is_recognised_and_the_unconditional_one_is_not(tmp_path: Path) -> None:
+    checkpoint, model = means_checkpoint(tmp_path), means()
+    scores = [FrechetDistance(), Agreement(), PrecisionRecall()]
+    settings: dict[str, Any] = {"scores": scores, "extractor": Pixels(), "num_images": 100, "num_real": 1797}
+    rows = fill(checkpoint, GuidanceTable([0.0, -1.0]), model, **settings)
+    conditional, unconditional = ({name: float(v or 0) for name, v in row.items() if "/" in name} for row in rows)
+    assert [row["row"] for row in rows] == ["0", "-1"]
+    assert conditional["agreement_real/pixels"] > 0.95
+    assert conditional["agreement/pixels"] == 1
+    assert unconditional["agreement/pixels"] == 0.1
+    assert conditional["frechet/pixels"] < unconditional["frechet/pixels"]
+    assert conditional["precision/pixels"] == unconditional["precision/pixels"] == 1
+    assert conditional["recall/pixels"] < 0.1
+    records = read_records(tmp_path / "run" / RESULTS)
+    assert [record["guidance"]["scale"] for record in records] == [0.0, -1.0]
+    assert model.guidance.scale == 0.5, "the model's own scale is back"  # type: ignore[union-attr]
+    text = (tmp_path / "run" / "table_guidance.md").read_text()
+    assert "| scale | frechet/pixels | agreement/pixels | agreement_real/pixels |" in text
+    assert (tmp_path / "run" / "table_guidance.png").stat().st_size > 1000
+
+
+def test_a_model_without_guidance_has_no_such_table(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"table: the model is not guided; choose a guidance by --model\.guidance"):
+        fill(means_checkpoint(tmp_path), GuidanceTable(), means(guided=False))
+
+
+# Refusals
 
 
 def test_the_published_values_are_complete() -> None:
@@ -106,31 +252,24 @@ def test_the_published_values_are_complete() -> None:
             assert list(row.values()) == sorted(row.values(), reverse=True)
 
 
-def test_what_makes_no_table_is_refused(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_makes_no_table_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    held = tiny.load(checkpoint)
+    del held["averages"]
+    torch.save(held, tmp_path / "plain.ckpt")
     for make, message in (
         (lambda: DDIMTable(steps=[]), "make no table"),
         (lambda: DDIMTable(etas=[1.5]), "eta=1.5 must lie in"),
         (lambda: SamplerTable(evaluations=[]), "make no table"),
         (lambda: SamplerTable(evaluations=[0]), "from 1 on"),
         (lambda: SamplerTable(samplers={}), "of 0 samplers make no table"),
+        (lambda: GuidanceTable([]), "give at least one of --evaluation.table.scales"),
         (lambda: StepTable().cells(tmp_path / "checkpoints" / "last.ckpt"), "holds no step_<n>.ckpt"),
-        (lambda: AverageTable().cells(without_averages(checkpoint, tmp_path)), "holds no averages"),
+        (lambda: AverageTable().cells(tmp_path / "plain.ckpt"), "holds no averages"),
+        (lambda: fill(checkpoint, DDIMTable([2000])), "column 2000: .*steps=2000 must lie in 1 .. 100"),
+        (lambda: fill(checkpoint, SamplerTable([200])), "choose others by --evaluation.table.evaluations"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    for args, message in (
-        (["table", *CPU], "--ckpt_path"),
-        (["table", "--ckpt_path", str(checkpoint), *CPU, "--table.steps=[2000]"], "2000 must lie in 1 .. 1000"),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main(args)
-        assert message in capfd.readouterr().err.splitlines()[-1]
-
-
-def without_averages(checkpoint: Path, place: Path) -> Path:
-    import torch
-
-    held = torch.load(checkpoint, weights_only=True)
-    del held["averages"]
-    torch.save(held, place / "plain.ckpt")
-    return place / "plain.ckpt"
+    made = tiny.trainer(tmp_path, callbacks=[Evaluation(None, Pixels(2), 4, 4, table=DDIMTable())], logger=False)
+    with pytest.raises(ValueError, match="table: give --ckpt_path CHECKPOINT"):
+        made.test(tiny.module(), tiny.data())

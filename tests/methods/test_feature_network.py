@@ -1,29 +1,42 @@
-"""A classifier is trained by the command line and then gives the features of an evaluation."""
+"""A classifier of clean images is trained and then gives the features of an evaluation."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from diffusion_lit import cli
+from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
 from diffusion_lit.data import Digits
+from diffusion_lit.evaluation import Evaluation
 from diffusion_lit.loggers import read_curves
 from diffusion_lit.methods.feature_network import FeatureNetworkModule, TrainedFeatures
+from diffusion_lit.metrics import FrechetDistance, InceptionScore, Score
 from diffusion_lit.networks import ConvClassifier
 from diffusion_lit.records import RESULTS, read_records
 from tests import tiny
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
-CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false"]
+
+def classifier() -> FeatureNetworkModule:
+    arguments = {"image_size": 8, "in_channels": 1, "num_classes": 10, "width": 16}
+    module = FeatureNetworkModule(
+        ConvClassifier(**arguments),
+        lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    )
+    network = {"class_path": "diffusion_lit.networks.ConvClassifier", "init_args": arguments}
+    path = "diffusion_lit.methods.feature_network.FeatureNetworkModule"
+    module.config = {"model": {"class_path": path, "init_args": {"network": network}}}
+    return module
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("features") / "run"
-    files = ["-c", str(CONFIGS / "base.yaml"), "-c", str(CONFIGS / "features" / "digits.yaml")]
-    more = ["--trainer.max_steps=120", "--trainer.val_check_interval=120", "--trainer.log_every_n_steps=20"]
-    logger = "--trainer.logger=diffusion_lit.loggers.CSV"
-    cli.main(["fit", *files, f"--trainer.default_root_dir={place}", *CPU, *more, logger])
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 120, "log_every_n_steps": 20}
+    tiny.trainer(place, 120, [EMA([0.9]), Scalars(), Checkpoints()], **options).fit(
+        classifier(), tiny.data(batch_size=64)
+    )
     return place
 
 
@@ -35,7 +48,7 @@ def test_it_learns_the_digits(run: Path) -> None:
 
 def test_its_features_lead_to_its_logits_and_do_not_depend_on_the_batch(run: Path) -> None:
     extractor = TrainedFeatures(str(run / "checkpoints" / "last.ckpt"))
-    images = Digits().dataset("train")
+    images = Digits().load("train")
     batch = images.batch(range(50))
     outputs = extractor.outputs(batch["image"])
     assert outputs["features"].shape == (50, extractor.num_features)
@@ -49,18 +62,10 @@ def test_its_features_lead_to_its_logits_and_do_not_depend_on_the_batch(run: Pat
 
 
 def test_an_evaluation_takes_it_and_can_tell_classes(run: Path, tmp_path: Path) -> None:
-    tiny.trainer(tmp_path, 2).fit(tiny.module(), tiny.data())
-    cli.main(
-        [
-            *("test", "--model", "DiffusionModule", "--model.network", "tests.tiny.network", "--data", "Digits"),
-            *("--model.process.num_steps", "100", "--model.sampler.steps", "3"),
-            *("--frechet.extractor", "diffusion_lit.methods.feature_network.TrainedFeatures"),
-            *("--frechet.extractor.checkpoint", str(run / "checkpoints" / "last.ckpt")),
-            *("--evaluation.scores", "[FrechetDistance, InceptionScore]", "--evaluation.num_images", "20"),
-            *("--evaluation.batch_size", "10", "--trainer.limit_test_batches", "1", "--trainer.logger", "false"),
-            *("--trainer.default_root_dir", str(tmp_path / "out"), *CPU),
-        ]
-    )
+    scores: list[Score] = [FrechetDistance(), InceptionScore()]
+    evaluation = Evaluation(scores, TrainedFeatures(str(tiny.last(run))), num_images=20, batch_size=10)
+    made = tiny.trainer(tmp_path / "out", callbacks=[evaluation], logger=False, limit_test_batches=1)
+    made.test(tiny.module(), tiny.data())
     [record] = read_records(tmp_path / "out" / RESULTS)
     assert set(record["scores"]) == {
         "frechet/classifier",
@@ -78,4 +83,4 @@ def test_what_is_no_such_checkpoint_is_refused(run: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="image_size=3 must be at least 4"):
         ConvClassifier(image_size=3)
     with pytest.raises(ValueError, match="no labels to train a classifier on"):
-        FeatureNetworkModule(ConvClassifier(8, 1)).classify({"image": torch.zeros(1, 1, 8, 8)})
+        FeatureNetworkModule(ConvClassifier(8, 1)).losses({"image": torch.zeros(1, 1, 8, 8)})

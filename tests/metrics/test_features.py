@@ -12,7 +12,6 @@ from diffusion_lit.metrics import (
     Inception,
     Pixels,
     WeightsUnavailable,
-    as_extractor,
     exact_float32,
     features,
 )
@@ -44,7 +43,8 @@ def images(count: int = 3, channels: int = 3, size: int = 32) -> Tensor:
     return torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
 
 
-class Edges(nn.Module):
+class Edges(FeatureExtractor):
+    name = "edges"
     num_features = 6
 
     def __init__(self, gain: float = 1.0) -> None:
@@ -125,8 +125,8 @@ def test_without_file_and_network_one_line_says_where_it_looked_and_what_to_do(h
     assert "\n" not in message
     assert str(hub) in message
     assert "weights-inception-6726825d.pth" in message
-    assert "--frechet.extractor.init_args.weights PATH" in message
-    assert "--frechet.extractor Pixels" in message
+    assert "--evaluation.extractor.weights PATH" in message
+    assert "--evaluation.extractor Pixels" in message
     assert not list(hub.iterdir())
 
 
@@ -189,7 +189,9 @@ def test_code_in_a_weights_file_does_not_run(form: str, tmp_path: Path) -> None:
 def test_only_inceptions_distance_is_called_fid() -> None:
     assert Inception().metric_name == "fid"
     assert Pixels().metric_name == "frechet/pixels"
-    assert as_extractor(Edges()).metric_name == "frechet/edges"
+    assert Edges().metric_name == "frechet/edges"
+    assert Inception().scalar("kid") == "kid"
+    assert Edges().scalar("kid") == "kid/edges"
 
 
 def test_pixels_averages_areas_in_unit_range() -> None:
@@ -225,48 +227,38 @@ def test_pixels_needs_a_size() -> None:
         Pixels(0)
 
 
-def test_a_module_becomes_an_extractor_in_evaluation_mode_that_gives_its_features() -> None:
-    module = Edges().train()
-    extractor = as_extractor(module)
-    extractor.train()
-    result = extractor(images(5))
-    assert (extractor.name, extractor.num_features) == ("edges", 6)
-    assert not module.training
-    assert module.norm.num_batches_tracked == 0
-    assert not result.requires_grad
-    torch.testing.assert_close(result, module(images(5)))
+def test_an_extractor_stays_in_evaluation_mode() -> None:
+    extractor = Edges().train()
+    extractor(images(5))
+    assert not any(module.training for module in extractor.modules())
+    assert extractor.norm.num_batches_tracked == 0
 
 
-def test_an_extractor_is_not_wrapped_again() -> None:
-    extractor = Pixels()
-    assert as_extractor(extractor) is extractor
+class HalfOnly(Pixels):
+    """Takes two images at once, no more."""
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError
+        return super().outputs(images)
 
 
-def test_a_module_without_num_features_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Identity\.num_features is None"):
-        as_extractor(nn.Identity())
-
-
-def test_features_that_are_not_of_the_promised_shape_are_refused() -> None:
-    module = Edges()
-    module.num_features = 7
-    with pytest.raises(ValueError, match=r"shape \(2, 6\) for 2 images; num_features=7"):
-        as_extractor(module)(images(2))
+def test_out_of_memory_features_are_made_of_fewer_images_at_once() -> None:
+    with pytest.warns(UserWarning, match="out of memory in pixels"):
+        found = features.outputs_in_memory(HalfOnly(), images(7))
+    assert torch.equal(found["features"], Pixels()(images(7)))
 
 
 def test_fingerprints_tell_weights_settings_and_classes_apart_and_nothing_else() -> None:
-    def fingerprint(module: nn.Module) -> str:
-        return as_extractor(module).fingerprint()
-
     other_weights = Edges()
     with torch.no_grad():
         other_weights.conv.weight[0, 0, 0, 0] += 1
     other_statistics = Edges()
     nn.init.ones_(other_statistics.norm.running_mean)  # type: ignore[arg-type]
     different = [Edges(), Edges(gain=2), other_weights, other_statistics, Pixels(4), Pixels(8)]
-    assert len({fingerprint(module) for module in different}) == len(different)
-    assert fingerprint(Edges()) == fingerprint(Edges().train())
-    assert fingerprint(Pixels(8)) == fingerprint(Pixels())
+    assert len({module.fingerprint() for module in different}) == len(different)
+    assert Edges().fingerprint() == Edges().train().fingerprint()
+    assert Pixels(8).fingerprint() == Pixels().fingerprint()
 
 
 def test_exact_float32_undoes_reduced_precision_and_gives_it_back() -> None:

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import numpy as np
@@ -6,11 +5,11 @@ import pytest
 import scipy.linalg
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffusion_lit.metrics import FeatureMoments, as_extractor, frechet_distance
+from diffusion_lit.metrics import FeatureExtractor, FeatureMoments, frechet_distance
+from tests import forked
 
 
 def vectors(count: int, dimension: int, seed: int) -> Tensor:
@@ -32,7 +31,8 @@ def rotation(dimension: int) -> Tensor:
     return axes
 
 
-class TinyFeatures(nn.Module):
+class TinyFeatures(FeatureExtractor):
+    name = "tiny"
     num_features = 12
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ def test_from_images_to_the_score_it_equals_torchmetrics() -> None:
     metric = FrechetInceptionDistance(feature=TinyFeatures(), input_img_size=(3, 16, 16))
     metric.update(real, real=True)
     metric.update(generated, real=False)
-    extractor = as_extractor(TinyFeatures())
+    extractor = TinyFeatures()
     ours = []
     for images in (real, generated):
         moments = FeatureMoments(extractor.num_features)
@@ -167,9 +167,9 @@ def test_merged_halves_equal_one_pass_and_stay_as_they_were() -> None:
     assert (first.count, second.count) == (11, 19)
 
 
-def _reduce_share(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _reduce_share(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
 
     def reduce_sum(tensor: Tensor) -> Tensor:
         torch.distributed.all_reduce(tensor)
@@ -180,13 +180,13 @@ def _reduce_share(rank: int, folder: str) -> None:
         moments.update(vectors(30, 4, seed=5))
     reduced = moments.reduce(reduce_sum)
     again = moments.reduce(reduce_sum)
-    torch.save([reduced.count, again.count, moments.count, *reduced.mean_and_covariance()], f"{folder}/{rank}.pt")
+    torch.save([reduced.count, again.count, moments.count, *reduced.mean_and_covariance()], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_of_which_one_saw_nothing_agree_on_the_sum(tmp_path: Path) -> None:
-    start_processes(_reduce_share, (str(tmp_path),), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+    child = forked.fork(lambda: forked.in_two(lambda: _reduce_share(tmp_path)), tmp_path / "output.txt")
+    assert forked.wait(child) == 0
     mu, sigma = gaussian(vectors(30, 4, seed=5))
     for rank in (0, 1):
         count, again, own, reduced_mu, reduced_sigma = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

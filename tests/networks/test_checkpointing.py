@@ -10,7 +10,7 @@ from diffusion_lit.networks import ADMUNet, UNet
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TIMES = torch.tensor([0.0, 10.0, 999.0])
-LABELS = {"label": torch.tensor([0, 3, 2])}
+LABELS = {"label": torch.tensor([0, -1, 2])}
 
 
 def unet(checkpoint_blocks: bool, dropout: float = 0.0) -> nn.Module:
@@ -23,7 +23,7 @@ def unet(checkpoint_blocks: bool, dropout: float = 0.0) -> nn.Module:
 def adm(checkpoint_blocks: bool, dropout: float = 0.0) -> nn.Module:
     return ADMUNet(
         16, width=8, multipliers=(1, 2, 2), attention=(8,), dropout=dropout, num_groups=4, head_channels=4,
-        num_classes=4, label_dropout=0.3, checkpoint_blocks=checkpoint_blocks,
+        num_classes=4, null_label=True, checkpoint_blocks=checkpoint_blocks,
     )  # fmt: skip
 
 

@@ -7,36 +7,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.networks import UNet
 from diffusion_lit.networks.layers import Downsample, ResBlock, SelfAttention, Upsample, sinusoidal_embedding
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randomise(module: nn.Module) -> None:
-    """Wakes the branches that start at zero."""
-    generator = seeded(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-
-
-def small(**changes: object) -> UNet:
-    """Two resolutions of 8 and 16 channels, attention at the lower one."""
-    arguments: dict[str, object] = {
-        "image_size": 8,
-        "width": 8,
-        "multipliers": (1, 2),
-        "num_blocks": 1,
-        "attention": (4,),
-        "num_groups": 4,
-        "dropout": 0.0,
-    }
-    return UNet(**{**arguments, **changes})  # type: ignore[arg-type]
-
-
-def count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+from tests.networks.small import count, randomize, seeded, small_unet
 
 
 def test_the_defaults_are_ddpms_cifar_10_network_to_the_parameter() -> None:
@@ -48,6 +19,18 @@ def test_the_lsun_network_is_ddpms_to_the_parameter() -> None:
     with torch.device("meta"):
         network = UNet(256, width=128, multipliers=(1, 1, 2, 2, 4, 4), attention=(16,), dropout=0.0)
     assert count(network) == 113_673_219
+
+
+def test_multipliers_may_be_fractions() -> None:
+    network = small_unet(width=16, multipliers=(0.5, 1.5))
+    randomize(network)
+    x = torch.randn(2, 3, 8, 8, generator=seeded())
+    assert network(x, torch.tensor([3.0, 700.0])).shape == x.shape
+    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert found["conv_in.weight"] == (16, 3, 3, 3)
+    assert found["down.0.block.0.conv1.weight"] == (8, 16, 3, 3)
+    assert found["mid.attn_1.q.weight"] == (24, 24, 1, 1)
+    assert found["conv_out.weight"] == (3, 8, 3, 3)
 
 
 def test_weights_have_the_names_of_the_published_ones() -> None:
@@ -80,14 +63,14 @@ def test_weights_have_the_names_of_the_published_ones() -> None:
 @pytest.mark.parametrize("out_channels", [None, 6])
 def test_the_output_is_an_image_near_zero_at_first(out_channels: int | None) -> None:
     x = torch.randn(2, 3, 8, 8, generator=seeded())
-    out = small(out_channels=out_channels)(x, torch.tensor([0.0, 999.0]))
+    out = small_unet(out_channels=out_channels)(x, torch.tensor([0.0, 999.0]))
     assert out.shape == (2, out_channels or 3, 8, 8)
     assert 0 < out.abs().max() < 1e-3
 
 
 def test_every_parameter_gets_a_gradient_once_the_branches_are_awake() -> None:
-    network = small()
-    randomise(network)
+    network = small_unet()
+    randomize(network)
     network(torch.randn(2, 3, 8, 8, generator=seeded()), torch.tensor([3.0, 700.0])).square().sum().backward()
     silent = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-9]
     # A constant added to every key leaves a softmax as it is: no bias of k is ever learnt.
@@ -95,8 +78,8 @@ def test_every_parameter_gets_a_gradient_once_the_branches_are_awake() -> None:
 
 
 def test_images_of_a_batch_do_not_mix_and_each_is_told_its_own_time() -> None:
-    network = small().eval()
-    randomise(network)
+    network = small_unet().eval()
+    randomize(network)
     x = torch.randn(3, 3, 8, 8, generator=seeded())
     time = torch.tensor([0.0, 10.0, 999.0])
     together = network(x, time)
@@ -109,8 +92,8 @@ def test_images_of_a_batch_do_not_mix_and_each_is_told_its_own_time() -> None:
 
 
 def test_dropout_acts_in_training_alone() -> None:
-    network = small(dropout=0.5)
-    randomise(network)
+    network = small_unet(dropout=0.5)
+    randomize(network)
     x, time = torch.randn(1, 3, 8, 8, generator=seeded()), torch.tensor([5.0])
     assert not torch.equal(network(x, time), network(x, time))
     network.eval()
@@ -131,11 +114,12 @@ def test_dropout_acts_in_training_alone() -> None:
         ({"num_heads": 0}, ["num_heads=0", "divisor"]),
         ({"multipliers": ()}, ["multipliers=[]", "at least 1"]),
         ({"num_blocks": 0}, ["num_blocks=0", "at least 1"]),
+        ({"multipliers": (0.75, 1)}, ["multiplier 0.75", "6 channels", "multiples of num_groups=4"]),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(changes: dict[str, object], words: list[str]) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        small(**changes)
+        small_unet(**changes)
     for word in words:
         assert word in str(error.value)
 
@@ -153,7 +137,7 @@ def test_the_embedding_is_sines_then_cosines_from_1_down_to_a_ten_thousandth() -
 @pytest.mark.parametrize("heads", [1, 4])
 def test_self_attention_is_softmax_of_qk_times_v(heads: int) -> None:
     attention = SelfAttention(8, heads, groups=2).double()
-    randomise(attention)
+    randomize(attention)
     x = torch.randn(2, 8, 3, 5, dtype=torch.float64, generator=seeded())
     h = nn.functional.group_norm(x, 2, attention.norm.weight, attention.norm.bias, eps=1e-6)
 
@@ -173,7 +157,7 @@ def test_self_attention_is_softmax_of_qk_times_v(heads: int) -> None:
 
 def test_self_attention_does_not_see_the_order_of_positions() -> None:
     attention = SelfAttention(8, 2, groups=2).double()
-    randomise(attention)
+    randomize(attention)
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64, generator=seeded())
     order = torch.randperm(16, generator=seeded())
 
@@ -214,7 +198,7 @@ def test_upsampling_repeats_pixels_before_it_convolves() -> None:
 
 def test_a_residual_block_commutes_with_translation_away_from_the_edges() -> None:
     block = ResBlock(4, 6, 16, 0.0, 2).double()
-    randomise(block)
+    randomize(block)
     x = torch.zeros(1, 4, 12, 12, dtype=torch.float64)
     x[:, :, 4:7, 3:6] = torch.randn(1, 4, 3, 3, dtype=torch.float64, generator=seeded())
     embedding = torch.randn(1, 16, dtype=torch.float64, generator=seeded(2))

@@ -21,7 +21,7 @@ class Form:
     """The options of `create_model` there; `attended` are levels, from full resolution."""
 
     model_channels: int = 32
-    channel_mult: tuple[int, ...] = (1, 2)
+    channel_mult: tuple[float, ...] = (1, 2)
     num_res_blocks: int = 1
     attended: tuple[int, ...] = (1,)
     out_channels: int = 6
@@ -42,7 +42,7 @@ def encoder_shapes(form: Form) -> tuple[dict[str, list[int]], list[int]]:
     width = form.model_channels
     affine(found, "time_embed.0", 4 * width, width)
     affine(found, "time_embed.2", 4 * width, 4 * width)
-    c = width * form.channel_mult[0]
+    c = int(width * form.channel_mult[0])
     affine(found, "input_blocks.0.0", c, 3, 3, 3)
     skips, n = [c], 1
     for i, mult in enumerate(form.channel_mult):
@@ -54,8 +54,8 @@ def encoder_shapes(form: Form) -> tuple[dict[str, list[int]], list[int]]:
             skips.append(c)
             n += 1
         for _ in range(form.num_res_blocks):
-            block(found, f"input_blocks.{n}.0", c, width * mult, form)
-            c = width * mult
+            block(found, f"input_blocks.{n}.0", c, int(width * mult), form)
+            c = int(width * mult)
             if i in form.attended:
                 attention(found, f"input_blocks.{n}.1", c)
             skips.append(c)
@@ -72,11 +72,12 @@ def unet_shapes(form: Form) -> dict[str, list[int]]:
     width = form.model_channels
     if form.num_classes is not None:
         found["label_emb.weight"] = [form.num_classes, 4 * width]
-    c, n = width * form.channel_mult[-1], 0
+    c, n = int(width * form.channel_mult[-1]), 0
     for i in range(len(form.channel_mult) - 1, -1, -1):
         for j in range(form.num_res_blocks + 1):
-            block(found, f"output_blocks.{n}.0", c + skips.pop(), width * form.channel_mult[i], form)
-            c = width * form.channel_mult[i]
+            c_out = int(width * form.channel_mult[i])
+            block(found, f"output_blocks.{n}.0", c + skips.pop(), c_out, form)
+            c = c_out
             if i in form.attended:
                 attention(found, f"output_blocks.{n}.1", c)
             if i > 0 and j == form.num_res_blocks:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion_lit import cli
-from diffusion_lit.callbacks.checkpoints import restore
+from diffusion_lit.checkpoint import load_model
 from diffusion_lit.methods.classifier_guidance import NoisyClassifierModule
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.tools.import_weights import main
@@ -34,7 +34,10 @@ def random_state(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str
 
 def recipe(folder: Path, network: Mapping[str, Any], **model: Any) -> str:
     path = folder / "recipe.yaml"
-    data = {"class_path": "diffusion_lit.data.Digits"}
+    data = {
+        "class_path": "diffusion_lit.data.ImageData",
+        "init_args": {"source": {"class_path": "diffusion_lit.data.Digits"}},
+    }
     path.write_text(yaml.safe_dump({"model": {**model, "init_args": {"network": network}}, "data": data}))
     return str(path)
 
@@ -42,7 +45,7 @@ def recipe(folder: Path, network: Mapping[str, Any], **model: Any) -> str:
 def imported(folder: Path, source: Path, network: Mapping[str, Any], *options: str) -> nn.Module:
     out = folder / "imported.ckpt"
     main([str(source), "-c", recipe(folder, network), "--out", str(out), *options])
-    return restore(str(out), DiffusionModule).eval().denoiser.network
+    return load_model(out, DiffusionModule).denoiser.network
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
@@ -97,6 +100,26 @@ def test_the_file_may_be_safetensors_or_in_the_former_format_or_in_half_precisio
         place = tmp_path / str(i)
         place.mkdir()
         assert_same(imported(place, file, UNET)(X, TIMES), expected)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrapped_networks_are_removed(prefix: str, tmp_path: Path) -> None:
+    state = random_state(DDPM)
+    source = saved(tmp_path, {prefix + name: tensor for name, tensor in state.items()})
+    for name, tensor in imported(tmp_path, source, UNET).state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_prefixes_of_blocks_that_were_compiled_alone_are_removed(tmp_path: Path) -> None:
+    state = random_state(DDPM)
+    source = saved(tmp_path, {name.replace(".block.", ".block._orig_mod."): t for name, t in state.items()})
+    assert imported(tmp_path, source, UNET).state_dict().keys() == state.keys()
+
+
+def test_it_is_said_which_of_two_sets_of_weights_was_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path, [random_state(DDPM, 1), random_state(DDPM, 2)])
+    imported(tmp_path, source, UNET)
+    assert f"averaged weights of {source}; --weights raw chooses the others" in capsys.readouterr().out
 
 
 # OpenAI's layout
@@ -168,7 +191,7 @@ def test_openais_classifier_gives_the_same_logits(resblock_updown: bool, tmp_pat
     out = tmp_path / "imported.ckpt"
     source = saved(tmp_path, state)
     main([str(source), "-c", recipe(tmp_path, network, class_path=system), "--out", str(out)])
-    module = restore(str(out), NoisyClassifierModule).eval()
+    module = load_model(out, NoisyClassifierModule)
     assert_same(module(X, TIMES), Network(state, form).classify(X, TIMES))
 
 
@@ -192,6 +215,18 @@ def test_missing_unknown_and_misshapen_tensors_are_named_and_nothing_is_written(
     assert "unknown: logvar, extra.weight;" in message
     assert "misshapen: conv_in.weight (16, 3, 3, 3) instead of (32, 3, 3, 3);" in message
     assert "not floating point: norm_out.bias torch.int64;" in message
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_not_finite_are_named_and_nothing_is_written(value: float, tmp_path: Path) -> None:
+    state = random_state(DDPM)
+    state["mid.block_1.conv1.weight"][3, 2, 1, 0] = value
+    state["conv_out.bias"][0] = value
+    out = tmp_path / "run" / "imported.ckpt"
+    with pytest.raises(ValueError, match=r"infinite or not a number.*: (\S+, )*mid\.block_1\.conv1\.weight") as error:
+        main([str(saved(tmp_path, state)), "-c", recipe(tmp_path, UNET), "--out", str(out)])
+    assert "conv_out.bias" in str(error.value)
     assert not out.parent.exists()
 
 
@@ -223,11 +258,18 @@ def test_a_file_without_one_set_of_weights_is_refused(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, ["does not say of what network", "-c"]),
-        ("data: {class_path: diffusion_lit.data.Digits}", ["does not say of what network"]),
+        (None, ["does not say which network", "-c"]),
+        ("data: {source: Digits}", ["does not say which network"]),
         ("[1, 2]", ["is no configuration"]),
         ("a: [", ["is not YAML"]),
-        ("model: {init_args: {network: {class_path: diffusion_lit.networks.UNot}}}", ["makes no model", "UNot"]),
+        (
+            "model: {init_args: {network: {class_path: diffusion_lit.networks.UNot}}}",
+            ["recipe.yaml: model.network: there is no", "UNot"],
+        ),
+        (
+            "model: {network: {class_path: os.system}}",
+            ["recipe.yaml: model.network: os.system is not part"],
+        ),
         (
             "model: {init_args: {network: {class_path: diffusion_lit.networks.UNet, init_args: {width: 7}}}}",
             ["width=7"],
@@ -246,16 +288,15 @@ def test_a_recipe_that_makes_no_model_is_refused(text: str | None, words: list[s
 # An ordinary checkpoint
 
 
-def test_the_checkpoint_is_enough_to_sample_score_and_train_on(tmp_path: Path, repository: Path) -> None:
+def test_the_checkpoint_is_enough_to_sample_score_and_train_on(tmp_path: Path) -> None:
     state = random_state(official_ddpm.shapes(32, [1, 2], 1, [], channels=1))
     run, changes = tmp_path / "run", tmp_path / "changes.yaml"
     changes.write_text(
-        "sample_grid: {every_n_steps: null}\nfrechet: {every_n_steps: null, at_start: false}\n"
-        "model: {init_args: {sampler: {init_args: {steps: 2}}}}\n"
+        "sample_grid: {every_n_steps: null}\nevaluation: {every_n_steps: null, at_start: false}\n"
+        "model: {sampler: {steps: 2}}\n"
     )
     ckpt = str(run / "checkpoints" / "imported.ckpt")
-    digits = str(repository / "configs" / "digits.yaml")
-    cli.main(["import", str(saved(tmp_path, state)), "-c", digits, "-c", str(changes), "--out", ckpt])
+    cli.main(["import", str(saved(tmp_path, state)), "-c", "digits", "-c", str(changes), "--out", ckpt])
     cpu = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
     cli.main(["predict", "--ckpt_path", ckpt, "--num_images", "3", *cpu])
     assert len(list((run / "predictions" / "imported_seed_0").glob("0*.png"))) == 3
@@ -263,9 +304,8 @@ def test_the_checkpoint_is_enough_to_sample_score_and_train_on(tmp_path: Path, r
     cli.main(["test", "--ckpt_path", ckpt, "--weights", "raw", *less, *cpu])
 
     tuned = tmp_path / "tuned"
-    base = ["-c", str(repository / "configs" / "base.yaml"), "-c", digits, "-c", str(changes)]
-    args = ["--trainer.default_root_dir", str(tuned), "--trainer.max_steps", "1", "--data.init_args.batch_size", "4"]
-    cli.main(["fit", *base, *args, *cpu, "--trainer.logger", "false", "--ckpt_path", ckpt])
+    args = ["--trainer.default_root_dir", str(tuned), "--trainer.max_steps", "1", "--data.batch_size", "4"]
+    cli.main(["fit", "-c", "digits", "-c", str(changes), *args, *cpu, "--trainer.logger", "false", "--ckpt_path", ckpt])
     trained = torch.load(tuned / "checkpoints" / "last.ckpt", weights_only=True)
     assert trained["global_step"] == 1
     for name, tensor in trained["current_model_state"].items():

@@ -28,8 +28,8 @@ def images(tmp_path: Path) -> np.ndarray:
 def test_statistics_are_mean_and_covariance_of_all_images_once(images: np.ndarray, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"trainer: {{max_steps: 3}}\ndata: {{class_path: Folder, init_args: {{root: {tmp_path / 'images'}, "
-        "image_size: 8, channels: 1, flip: true, num_workers: 0}}\n"
+        "trainer: {max_steps: 3}\ndata: {class_path: ImageData, init_args: {flip: true, num_workers: 0, source: "
+        f"{{class_path: Folder, init_args: {{root: {tmp_path / 'images'}, image_size: 8, channels: 1}}}}}}}}\n"
     )
     out = tmp_path / "out" / "statistics.npz"
     cli.main(["reference", "-c", str(recipe), "--out", str(out), "--batch_size", "4", *PIXELS])
@@ -51,14 +51,14 @@ def test_what_cannot_be_computed_is_refused_in_one_line(tmp_path: Path, capfd: p
     there.touch()
     new = str(tmp_path / "new.npz")
     for args, message in (
-        (["--out", str(there), "--data", "Digits"], "there.npz exists already"),
+        (["--out", str(there), "--data.source", "Digits"], "there.npz exists already"),
         (["--out", new], "there are no data; give a recipe by -c"),
         (
-            ["--out", new, "--data", "Folder", "--data.root", "nowhere", "--data.image_size", "8"],
+            ["--out", new, "--data.source", "Folder", "--data.source.root", "nowhere", "--data.source.image_size", "8"],
             "nowhere is not a folder",
         ),
         (
-            ["--out", new, "--data", "Digits", "--extractor", "Pixels", "--extractor.size", "0"],
+            ["--out", new, "--data.source", "Digits", "--extractor", "Pixels", "--extractor.size", "0"],
             "size=0 must be at least 1",
         ),
     ):
@@ -70,9 +70,16 @@ def test_what_cannot_be_computed_is_refused_in_one_line(tmp_path: Path, capfd: p
     assert not Path(new).exists()
 
 
+def test_what_a_killed_run_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    part = tmp_path / ".digits.npz.0.part"
+    part.touch()
+    cli.main(["reference", "--data.source", "Digits", "--out", str(tmp_path / "digits.npz"), *PIXELS])
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
+
+
 def test_an_evaluation_takes_the_file(tmp_path: Path) -> None:
     out = tmp_path / "digits.npz"
-    cli.main(["reference", "--data", "Digits", "--out", str(out), *PIXELS])
+    cli.main(["reference", "--data.source", "Digits", "--out", str(out), *PIXELS])
     reference = Reference.load(out, Pixels(2))
     assert reference.name == "Digits train"
     assert reference.mu.dtype == torch.float64

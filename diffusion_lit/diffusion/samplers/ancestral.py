@@ -1,4 +1,4 @@
-"""DDPM's ancestral sampling: x_s ~ p(x_s | x_t), step after step."""
+"""Ancestral sampling of DDPM: x_s ~ p(x_s | x_t) in every step."""
 
 from torch import Tensor
 
@@ -13,11 +13,11 @@ class Ancestral(Sampler):
     """Draws from N(posterior mean at the predicted x_0, reverse variance).
 
     Args:
-        steps: S; None: all T, as in the paper.
-        variance: The reverse variance. The paper's is `FixedLarge` for CIFAR-10 and `FixedSmall` for LSUN and
+        steps: S; None: all T of a chain, as in the paper.
+        variance: The reverse variance. The paper uses `FixedLarge` for CIFAR-10 and `FixedSmall` for LSUN and
             CelebA-HQ.
-        grid: Which S times when S < T; with `FixedLarge` this is DDIM's "sigma-hat" row.
-        clip: Whether predictions of x_0 are clipped to [-1, 1]; the paper's code does.
+        grid: The rule that chooses S times; with `FixedLarge` and S < T this is DDIM's "sigma-hat" row.
+        clip: Whether predictions of x_0 are clipped to [-1, 1], as in the paper's code.
 
     Source: Ho et al. 2020, algorithm 2.
     """

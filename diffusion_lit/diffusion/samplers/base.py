@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.grid import Grid
-from diffusion_lit.diffusion.process import DiscreteProcess, Process, expand
+from diffusion_lit.diffusion.process import Process, expand
 from diffusion_lit.types import DenoiseFn, Prediction, StepFn
 
 NoiseFn = Callable[[], Tensor]
@@ -20,12 +21,12 @@ Step = Callable[[DenoiseFn, Tensor, Process, Tensor, Tensor, NoiseFn], tuple[Ten
 
 @dataclass(frozen=True)
 class State:
-    """One point of a sampling path.
+    """One point of a trajectory.
 
     Attributes:
         t: The time, a scalar.
-        x_t: The sample there, (B, C, H, W).
-        x0: What the denoiser took it for, (B, C, H, W); x_t itself at the end.
+        x_t: The sample at t, (B, ...).
+        x0: The x_0 predicted from it, in the shape of x_t; x_t itself at the end.
     """
 
     t: Tensor
@@ -34,7 +35,7 @@ class State:
 
 
 def clip_x0(denoise: DenoiseFn, process: Process) -> DenoiseFn:
-    """Clips the predicted x_0 to [-1, 1] and re-derives eps from it, so that the two go on agreeing."""
+    """Clips the predicted x_0 to [-1, 1] and computes eps anew, so that the two agree."""
 
     def clipped(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
@@ -46,16 +47,28 @@ def clip_x0(denoise: DenoiseFn, process: Process) -> DenoiseFn:
     return clipped
 
 
+def start_std(process: Process, t: Tensor) -> float:
+    """Returns the standard deviation of the noise that sampling starts from at time t: `prior_std` at t = 1.
+
+    Where `prior_std` is 1 it is 1 at every t: a grid that starts below t = 1 expects nearly pure noise there. Elsewhere
+    it is proportional to sigma(t).
+    """
+    if process.prior_std == 1:
+        return 1.0
+    (_, sigma), (_, last) = process.alpha_sigma(t), process.alpha_sigma(torch.ones_like(t))
+    return process.prior_std * float(sigma / last)
+
+
 class Sampler(ABC):
-    """Walks x from the first time of its grid to 0.
+    """Takes x from the first time of its grid to 0.
 
     Args:
-        steps: Network evaluations per image, S; None: all T.
-        grid: Which S times.
+        steps: Number of network evaluations per image, S; None: all T of a chain.
+        grid: The rule that chooses S times.
         clip: Whether predictions of x_0 are clipped to [-1, 1] (outermost, after any guidance).
 
     Raises:
-        ValueError: If steps < 1. Whether steps <= T is known once a process is: see `times`.
+        ValueError: If steps < 1. Whether the process has enough times is checked by `times`.
     """
 
     def __init__(self, steps: int | None, grid: Grid, clip: bool) -> None:
@@ -69,42 +82,83 @@ class Sampler(ABC):
     def step(
         self, denoise: DenoiseFn, x_t: Tensor, process: Process, t: Tensor, s: Tensor, noise: NoiseFn
     ) -> tuple[Tensor, Tensor]:
-        """One step from t down to s.
+        """Takes one step from t down to s.
 
         Args:
             denoise: Predicts x_0 and eps.
-            x_t: (B, C, H, W).
-            process: Gives the coefficients.
-            t: Where x_t is, a scalar.
-            s: Where to go, a scalar below t; 0 at the last step, to which no noise is added.
+            x_t: (B, ...).
+            process: The forward process.
+            t: Time of x_t, a scalar.
+            s: Time to go to, a scalar below t; 0 in the last step, in which no noise is added.
             noise: Called only when fresh noise is needed.
 
         Returns:
-            (x_s, the x_0 it was built from).
+            (x_s, the x_0 that it was computed from).
         """
 
     def begin(self, times: Tensor) -> Step:
-        """What steps along one path. A method that remembers earlier predictions returns a function of its own for
-        every path, so that the sampler itself is the same before and after.
+        """Returns the step function for one trajectory; multistep solvers keep its history in it.
 
         Args:
-            times: The path's times, falling, the last 0, (S + 1,).
+            times: Times of the trajectory, falling, the last 0.
         """
         return self.step
 
-    def times(self, process: DiscreteProcess) -> Tensor:
-        """The grid's times for this number of steps, falling, the last 0, (S + 1,).
+    def num_intervals(self, process: Process) -> int:
+        """Returns the number of grid times above 0.
 
         Raises:
-            ValueError: If steps exceeds the process's.
+            ValueError: If all steps are asked for in continuous time.
         """
-        return self.grid(process.num_steps if self.steps is None else self.steps, process)
+        if self.steps is not None:
+            return self.steps
+        if process.num_steps is None:
+            raise ValueError(
+                f"sampler.steps must be a number: {type(process).__name__} has continuous time and no steps of its "
+                "own; set --model.sampler.steps 50"
+            )
+        return process.num_steps
 
-    def path(self, denoise: DenoiseFn, x: Tensor, process: DiscreteProcess, noise: NoiseFn) -> Iterator[State]:
-        """Yields every state from the start to the finished sample: S + 1 in all."""
+    def times(self, process: Process, start: float | None = None) -> Tensor:
+        """Returns the times of a trajectory, falling, float64 on the CPU; the last is 0.
+
+        Args:
+            process: The forward process.
+            start: Time to start at, in (0, 1]; only times of the grid below it follow. None: the whole grid, (S + 1,).
+
+        Raises:
+            ValueError: If the process has fewer times than steps, or `start` is out of range.
+        """
+        times = self.grid(self.num_intervals(process), process)
+        if start is None:
+            return times
+        if not 0 < start <= 1:
+            raise ValueError(f"start={start} must lie in (0, 1]: 1 is pure noise, and 0 clean data")
+        first = process.at(torch.tensor([start], dtype=torch.float64))
+        return torch.cat([first, times[times < first]])
+
+    def evaluations(self, process: Process) -> int:
+        """Returns the number of network evaluations per image."""
+        return len(self.times(process)) - 1
+
+    def path(
+        self, denoise: DenoiseFn, x: Tensor, process: Process, noise: NoiseFn, start: float | None = None
+    ) -> Iterator[State]:
+        """Yields every state from the start to the finished sample, one more than there are steps.
+
+        Args:
+            denoise: Predicts x_0 and eps.
+            x: Standard normal noise, (B, ...), which is scaled to the standard deviation that the process starts with;
+                with `start`, x_t at that time.
+            process: The forward process.
+            noise: Draws fresh noise for stochastic steps.
+            start: Time of x, in (0, 1] (SDEdit); None: the first time of the grid.
+        """
         if self.clip:
             denoise = clip_x0(denoise, process)
-        times = self.times(process)
+        times = self.times(process, start)
+        if start is None and process.prior_std != 1:
+            x = start_std(process, times[0]) * x
         step = self.begin(times)
         for t, s in pairwise(times):
             x_s, x0 = step(denoise, x, process, t, s, noise)
@@ -116,24 +170,28 @@ class Sampler(ABC):
         self,
         denoise: DenoiseFn,
         x: Tensor,
-        process: DiscreteProcess,
+        process: Process,
         noise: NoiseFn,
         on_step: StepFn | None = None,
+        start: float | None = None,
     ) -> Tensor:
         """Samples x_0.
 
         Args:
             denoise: Predicts x_0 and eps.
-            x: Standard normal noise to start from, (B, C, H, W).
+            x: Standard normal noise, (B, ...); with `start`, x_t at that time.
             process: The forward process to be reversed.
-            noise: Gives fresh noise for stochastic steps.
-            on_step: Told of every step done.
+            noise: Draws fresh noise for stochastic steps.
+            on_step: Called after every step.
+            start: Time of x, in (0, 1] (SDEdit); None: the first time of the grid.
 
         Returns:
-            Samples, (B, C, H, W), nominally in [-1, 1].
+            Samples, (B, ...), nominally in [-1, 1].
+
+        Source: Meng et al. 2022 (SDEdit), algorithm 1, for `start`.
         """
-        total = len(self.times(process)) - 1
-        for done, state in enumerate(self.path(denoise, x, process, noise), start=1):
+        total = len(self.times(process, start)) - 1
+        for done, state in enumerate(self.path(denoise, x, process, noise, start), start=1):
             x = state.x_t
             if on_step is not None and done <= total:
                 on_step(done, total)

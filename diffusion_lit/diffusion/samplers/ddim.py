@@ -1,4 +1,4 @@
-"""DDIM: few steps, deterministic at eta = 0, and then a map between noise and images that runs both ways."""
+"""DDIM: few steps; at eta = 0 deterministic and approximately invertible."""
 
 from itertools import pairwise
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.grid import Grid, Uniform
-from diffusion_lit.diffusion.process import DiscreteProcess, Process, expand
-from diffusion_lit.diffusion.samplers.base import NoiseFn, Sampler
+from diffusion_lit.diffusion.process import Process, expand
+from diffusion_lit.diffusion.samplers.base import NoiseFn, Sampler, start_std
 from diffusion_lit.types import DenoiseFn, StepFn
 
 
@@ -15,10 +15,10 @@ class DDIM(Sampler):
     """x_s = alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau z, with tau = eta times the posterior's deviation.
 
     Args:
-        steps: S; None: all T.
+        steps: S; None: all T of a chain.
         eta: In [0, 1]: 0 is deterministic, 1 is ancestral sampling with the small variance.
-        grid: Which S times; the paper's is `Quadratic` for CIFAR-10 and `Uniform` elsewhere.
-        clip: Whether predictions of x_0 are clipped to [-1, 1]; the paper's tables were made without.
+        grid: The rule that chooses S times; the paper uses `Quadratic` for CIFAR-10 and `Uniform` elsewhere.
+        clip: Whether predictions of x_0 are clipped to [-1, 1]; the paper's tables are without.
 
     Raises:
         ValueError: If eta lies outside [0, 1].
@@ -29,9 +29,7 @@ class DDIM(Sampler):
     def __init__(self, steps: int | None = 50, eta: float = 0.0, grid: Grid = Uniform(), clip: bool = True) -> None:
         super().__init__(steps, grid, clip)
         if not 0 <= eta <= 1:
-            raise ValueError(
-                f"sampler.eta={eta} must lie in [0, 1], from DDIM to DDPM; set --model.sampler.init_args.eta"
-            )
+            raise ValueError(f"sampler.eta={eta} must lie in [0, 1], from DDIM to DDPM; set --model.sampler.eta")
         self.eta = eta
 
     def step(
@@ -45,21 +43,21 @@ class DDIM(Sampler):
             x_s = x_s + expand(variance.sqrt(), x_t) * noise()
         return x_s, prediction.x0
 
-    def encode(self, denoise: DenoiseFn, x0: Tensor, process: DiscreteProcess, on_step: StepFn | None = None) -> Tensor:
-        """Runs the deterministic trajectory backwards, from images to the noise that they come from.
+    def invert(self, denoise: DenoiseFn, x0: Tensor, process: Process, on_step: StepFn | None = None) -> Tensor:
+        """Integrates the deterministic trajectory backwards, from images to the noise that they come from.
 
-        The same grid in rising order; eta and clipping play no part. Each step uses the prediction at its
-        near end, so that decoding returns the image up to an error of first order in the step's width. At
-        t = 0 the network has no prediction: the first step asks it at the first time of the grid.
+        It uses the same grid in rising order; eta and clipping have no effect. Each step uses the prediction at its
+        lower end, so that sampling from the result returns the image up to an error of first order in the width of the
+        steps. There is no prediction at t = 0: the first step evaluates the network at the first time of the grid.
 
         Args:
             denoise: Predicts x_0 and eps.
-            x0: Clean data, (B, C, H, W), in [-1, 1].
+            x0: Clean data, (B, ...).
             process: The forward process.
-            on_step: Told of every step done.
+            on_step: Called after every step.
 
         Returns:
-            The latent noise at the grid's last time, (B, C, H, W).
+            Latent noise at the last time of the grid, (B, ...), in the units of the noise that sampling starts from.
 
         Source: Song et al. 2021 (DDIM), section 4.3 and eq. 14.
         """
@@ -72,19 +70,19 @@ class DDIM(Sampler):
             x = expand(alpha, x) * clean + expand(sigma, x) * prediction.eps
             if on_step is not None:
                 on_step(done, len(times) - 1)
-        return x
+        return x if process.prior_std == 1 else x / start_std(process, times[-1])
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Interpolates along the great arc between two noises, image by image; the result is as long.
+    """Interpolates spherically between two noises, image by image, which keeps their length.
 
     Args:
-        a: The noise at weight 0, (B, C, H, W).
-        b: The noise at weight 1, (B, C, H, W).
+        a: Noise at weight 0, (B, ...).
+        b: Noise at weight 1, in the shape of a.
         weight: In [0, 1].
 
     Raises:
-        ValueError: If weight lies outside [0, 1] or the shapes differ.
+        ValueError: If the weight lies outside [0, 1] or the shapes differ.
 
     Source: Song et al. 2021 (DDIM), eq. 67.
     """
@@ -97,6 +95,6 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     theta = cosine.arccos()
     small = theta < 1e-4
     safe = torch.where(small, torch.ones_like(theta), theta)
-    of_a = torch.where(small, 1 - weight, ((1 - weight) * safe).sin() / safe.sin())
-    of_b = torch.where(small, weight, (weight * safe).sin() / safe.sin())
-    return expand(of_a, a) * a + expand(of_b, b) * b
+    weight_a = torch.where(small, 1 - weight, ((1 - weight) * safe).sin() / safe.sin())
+    weight_b = torch.where(small, weight, (weight * safe).sin() / safe.sin())
+    return expand(weight_a, a) * a + expand(weight_b, b) * b

@@ -1,4 +1,4 @@
-"""DPM-Solver++: multistep integration of the probability flow, which remembers what was predicted before."""
+"""DPM-Solver++: multistep integration of the probability flow, from the latest predictions."""
 
 from collections import deque
 
@@ -12,23 +12,25 @@ from diffusion_lit.types import DenoiseFn
 
 
 class DPMSolver(Sampler):
-    """Integrates exactly what is linear, and x_0 as a polynomial in lambda through the last `order` predictions.
+    """Integrates the linear part exactly, and x_0 as a polynomial in lambda through the last `order` predictions.
 
         x_s = sigma_s / sigma_t x_t + sigma_s * integral of exp(lambda) x_0(lambda) from lambda_t to lambda_s
 
-    with lambda = log(alpha / sigma). Deterministic. A path's first steps have fewer predictions to look back on and are
-    of lower order; so is the last, to t = 0, where lambda is infinite: it is DDIM's, as every step of order 1 is.
+    with lambda = log(alpha / sigma). Deterministic. The first steps of a trajectory have fewer predictions and are of
+    lower order; so is the last one, to t = 0, where lambda is infinite: it is a DDIM step, as every step of order 1.
 
     Order 2 is the paper's 2M. For order 3 the paper prints no formula; its authors' code, which diffusers follows,
-    gives the second difference half of the weight that the integral has, and converges at second order. Here the
-    weight is the integral's.
+    gives the second difference half the weight that it has in the integral, and converges at second order. Here the
+    weight is that of the integral.
 
     Args:
-        steps: S, at least 1; None: all T.
-        order: 1, 2 or 3. The authors advise 2 for guided sampling and 3 without guidance.
-        grid: Which S times; the paper's is `LogSNR` for images of low resolution and `Spanning` for others.
+        steps: S, at least 1; None: all T of a chain.
+        order: 1, 2 or 3. The authors recommend 2 for guided sampling and 3 without guidance.
+        grid: The rule that chooses S times; the paper uses `LogSNR` for images of low resolution and `Spanning` for
+            others.
         clip: Whether predictions of x_0 are clipped to [-1, 1].
-        lower_order_final: Whether the last step but one is of order 2 at most, which is steadier with few steps.
+        lower_order_final: Whether the last step but one is of order 2 at most, which is more stable with few steps.
+            Here this holds for any number of steps; diffusers applies its option of this name below 15 steps only.
 
     Raises:
         ValueError: If order is not 1, 2 or 3.
@@ -46,22 +48,22 @@ class DPMSolver(Sampler):
     ) -> None:
         super().__init__(steps, grid, clip)
         if order not in (1, 2, 3):
-            raise ValueError(f"sampler.order={order} must be 1, 2 or 3; set --model.sampler.init_args.order")
+            raise ValueError(f"sampler.order={order} must be 1, 2 or 3; set --model.sampler.order")
         self.order = order
         self.lower_order_final = lower_order_final
 
     def begin(self, times: Tensor) -> Step:
         past: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.order)
-        to_go = len(times) - 1
+        remaining = len(times) - 1
 
         def step(
             denoise: DenoiseFn, x_t: Tensor, process: Process, t: Tensor, s: Tensor, noise: NoiseFn
         ) -> tuple[Tensor, Tensor]:
-            nonlocal to_go
+            nonlocal remaining
             x0 = denoise(x_t, t).x0
             past.appendleft((process.log_snr(t) / 2, x0))
-            known = list(past)[: 1 if s == 0 else to_go if self.lower_order_final else self.order]
-            to_go -= 1
+            known = list(past)[: 1 if s == 0 else remaining if self.lower_order_final else self.order]
+            remaining -= 1
             return extrapolate(x_t, known, process, t, s), x0
 
         return step
@@ -73,14 +75,14 @@ class DPMSolver(Sampler):
 
 
 def extrapolate(x_t: Tensor, known: list[tuple[Tensor, Tensor]], process: Process, t: Tensor, s: Tensor) -> Tensor:
-    """x_s from x_t and predictions of x_0, as many as the order.
+    """Returns x_s from x_t and the latest predictions of x_0, as many as the order.
 
     Args:
-        x_t: (B, C, H, W).
-        known: lambda and x_0 of up to three predictions, the newest, which is that at t, first.
-        process: Gives the coefficients.
-        t: Where x_t is, a scalar.
-        s: Where to go, a scalar below t; at 0 the order must be 1.
+        x_t: (B, ...).
+        known: lambda and x_0 of up to three predictions, the latest, that at t, first.
+        process: The forward process.
+        t: Time of x_t, a scalar.
+        s: Time to go to, a scalar below t; at 0 the order must be 1.
     """
     (alpha_s, sigma_s), (_, sigma_t) = process.alpha_sigma(s), process.alpha_sigma(t)
     (lambda_0, m_0), *before = known

@@ -1,4 +1,6 @@
-import hashlib
+"""Checkpoint files: whole or absent, damage that is found, which one a run continues from, and those of 0.1.0."""
+
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,16 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 
-from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Scalars, WholeFiles
-from diffusion_lit.callbacks.checkpoints import (
+from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Scalars
+from diffusion_lit.checkpoint import (
     DamagedCheckpointWarning,
+    WholeFiles,
     newest_checkpoint,
     read_checkpoint,
     run_of,
 )
-from diffusion_lit.loggers import read_rows
+from diffusion_lit.loggers import METRICS
+from diffusion_lit.records import read_records
 from diffusion_lit.trainer import Trainer
 from tests import tiny
 
@@ -67,46 +71,136 @@ def test_no_progress_bar_means_none() -> None:
     assert made.progress_bar_callback is None
 
 
-# Seals and what stands beside
+# Damage
 
 
-def sealed(path: Path, value: float = 1.0) -> Path:
+def written(path: Path, value: float = 1.0) -> Path:
     state = {"w": torch.full((300,), value), "b": torch.arange(7)}
     WholeFiles().save_checkpoint({"state_dict": state, "global_step": int(value)}, path)
     return path
 
 
-def test_a_sealed_checkpoint_is_an_ordinary_zip_archive_whose_comment_is_the_hash_of_the_rest(tmp_path: Path) -> None:
-    path = sealed(tmp_path / "a.ckpt")
-    whole = path.read_bytes()
+def test_a_checkpoint_is_an_ordinary_zip_archive_that_torch_reads(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.ckpt")
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        kind, _, digest = archive.comment.decode().partition("=")
-    body = whole[: -len(archive.comment) - 2] + b"\0\0"
-    assert (kind, digest) == ("sha256", hashlib.sha256(body).hexdigest())
     assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["w"], torch.ones(300))
 
 
-def test_a_flipped_bit_or_a_missing_end_never_goes_unnoticed(tmp_path: Path) -> None:
-    path = sealed(tmp_path / "a.ckpt")
-    whole = path.read_bytes()
+def test_a_flipped_bit_is_found_or_changes_nothing_that_is_read(tmp_path: Path) -> None:
+    original = written(tmp_path / "a.ckpt")
+    whole, content = original.read_bytes(), read_checkpoint(original)
+    with zipfile.ZipFile(original) as archive:
+        [storage] = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
+        [pickled] = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
+    tensor = whole.index(torch.ones(300).numpy().tobytes())
+    assert storage.file_size == 1200
     random = np.random.default_rng(0)
-    places = {*random.integers(0, len(whole), 300).tolist(), 0, *range(len(whole) - 75, len(whole))}
-    for place in places:
+    inside = {*range(tensor, tensor + 1200, 29), *range(pickled.header_offset + 120, pickled.header_offset + 200, 7)}
+    places = inside | set(random.integers(0, len(whole), 200).tolist()) | set(range(len(whole) - 300, len(whole), 3))
+    found: dict[int, str] = {}
+    for place in sorted(places):
         bad = bytearray(whole)
         bad[place] ^= 1 << int(random.integers(8))
+        path = tmp_path / f"bad_{place}.ckpt"
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"a\.ckpt is damaged"):
-            read_checkpoint(path)
-    for length in [*random.integers(0, len(whole), 50).tolist(), *range(len(whole) - 75, len(whole))]:
+        try:
+            assert tiny.identical(read_checkpoint(path), content), place
+        except ValueError as error:
+            found[place] = str(error)
+        path.unlink()
+    assert found.keys() >= inside
+    assert all("is damaged" in message and "\n" not in message for message in found.values())
+
+
+def test_a_file_that_ends_early_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+    whole = written(tmp_path / "a.ckpt").read_bytes()
+    random = np.random.default_rng(1)
+    lengths = {*random.integers(0, len(whole), 60).tolist(), 0, 1, 4, *range(len(whole) - 75, len(whole))}
+    for length in sorted(lengths):
+        path = tmp_path / f"cut_{length}.ckpt"
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"a\.ckpt is damaged"):
+        with pytest.raises(ValueError, match=r"cut_\d+\.ckpt is damaged"):
             read_checkpoint(path)
 
 
-def test_a_checkpoint_without_a_seal_is_read_as_it_is(tmp_path: Path) -> None:
+class Attack:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_foreign_files_are_refused_in_one_line_and_nothing_in_them_runs(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "text.ckpt").write_text("<html>not found</html>")
+    (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "zip.ckpt", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    torch.save({"state_dict": Attack(mark)}, tmp_path / "attack.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
+    files = sorted(tmp_path.iterdir())
+    for path in files:
+        with pytest.raises(ValueError, match=rf"{path.name} is (damaged, or no|not a) checkpoint") as error:
+            read_checkpoint(path)
+        assert "\n" not in str(error.value)
+    assert len(files) == 7
+    assert not mark.exists()
+    with pytest.raises(FileNotFoundError, match=r"absent\.ckpt: there is no such file"):
+        read_checkpoint(tmp_path / "absent.ckpt")
+
+
+def test_a_checkpoint_of_another_program_is_read_as_it_is(tmp_path: Path) -> None:
     torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "a.ckpt")
     assert torch.equal(read_checkpoint(tmp_path / "a.ckpt")["state_dict"]["w"], torch.ones(2))
+
+
+def test_what_is_done_to_a_checkpoint_that_was_read_shows_in_no_other_reading(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.ckpt")
+    first = read_checkpoint(path)
+    first["state_dict"]["w"].zero_()
+    first["global_step"] = 7
+    again = read_checkpoint(path)
+    assert torch.equal(again["state_dict"]["w"], torch.ones(300))
+    assert again["global_step"] == 1
+
+
+def test_two_runs_from_one_checkpoint_in_one_process_are_the_same(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path / "start", 2).fit(tiny.module(), tiny.data())
+    for name in ("a", "b"):
+        start = str(tiny.last(tmp_path / "start"))
+        tiny.trainer(tmp_path / name, 4).fit(tiny.module(), tiny.data(), ckpt_path=start)
+    a, b = (tiny.load(tiny.last(tmp_path / name)) for name in ("a", "b"))
+    for name in ("state_dict", "current_model_state", "averages", "optimizer_states", "loops"):
+        assert tiny.identical(a[name], b[name]), name
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, 1).fit(tiny.module(), tiny.data())
+    checkpoint = tiny.load(tiny.last(tmp_path))
+    name = next(n for n in checkpoint["state_dict"] if n.endswith("bias"))
+    checkpoint["current_model_state"][name][0] = float("inf")
+    tiny.module().load(checkpoint)
+    for held, weights in ((checkpoint, "raw"), (broken(checkpoint, name), "averaged")):
+        with pytest.raises(ValueError, match=rf"1 weights of the checkpoint are not finite, first {name}: training"):
+            tiny.module().load(held, weights)
+    with pytest.raises(ValueError, match="not finite"):
+        tiny.module().initialize(broken(checkpoint, name))
+    path = tmp_path / "broken.ckpt"
+    torch.save(broken(checkpoint, name), path)
+    with pytest.raises(ValueError, match="not finite"):
+        tiny.trainer(tmp_path / "other", 2).fit(tiny.module(), tiny.data(), ckpt_path=str(path))
+
+
+def broken(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+    state = checkpoint["state_dict"]
+    return {**checkpoint, "state_dict": {**state, name: torch.full_like(state[name], float("nan"))}}
+
+
+# Which file
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
@@ -119,10 +213,10 @@ def test_the_last_checkpoint_becomes_the_previous_one(
     if not hard_links:
         monkeypatch.setattr("os.link", refuse)
     for value in (1.0, 2.0, 3.0):
-        sealed(tmp_path / "last.ckpt", value)
+        written(tmp_path / "last.ckpt", value)
     there = {path.name: read_checkpoint(path)["global_step"] for path in tmp_path.iterdir()}
     assert there == {"last.ckpt": 3, "previous.ckpt": 2}
-    sealed(tmp_path / "best.ckpt", 9.0)
+    written(tmp_path / "best.ckpt", 9.0)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -130,9 +224,9 @@ def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named(tmp_pat
     folder = tmp_path / "checkpoints"
     assert newest_checkpoint(tmp_path) is None
     for value in (4.0, 5.0):
-        sealed(folder / "last.ckpt", value)
-    sealed(folder / "step_00000002.ckpt", 2.0)
-    sealed(folder / "best.ckpt", 3.0)
+        written(folder / "last.ckpt", value)
+    written(folder / "step_00000002.ckpt", 2.0)
+    written(folder / "best.ckpt", 3.0)
 
     def found() -> tuple[str, int]:
         newest = newest_checkpoint(tmp_path)
@@ -180,9 +274,7 @@ def test_a_run_with_a_damaged_last_checkpoint_ends_as_if_nothing_had_happened(tm
     there = {path.name for path in (parts / "checkpoints").iterdir()}
     assert there == {"last.ckpt", "previous.ckpt", "last.ckpt.damaged"}
     assert (parts / "checkpoints" / "last.ckpt.damaged").read_bytes() == content
-    assert read_rows(whole / "csv" / "version_0" / "metrics.csv") != []
-    steps = [row["step"] for row in read_rows(parts / "csv" / "version_0" / "metrics.csv")]
-    assert steps == ["1", "2", "3", "4", "5", "6"]
+    assert [record["step"] for record in read_records(parts / METRICS)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_snapshots_beyond_so_many_are_removed_oldest_first_and_all_kinds_load(tmp_path: Path) -> None:

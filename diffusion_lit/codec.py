@@ -1,0 +1,54 @@
+"""Between images and what a generator models: pixels, or the latents of an autoencoder."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+Shape = tuple[int, int, int]
+
+
+class Codec(ABC):
+    """Maps images to latents and back.
+
+    A codec that has a network is a `torch.nn.Module` too and holds it as `Frozen`, so that the module that owns the
+    codec moves it and no checkpoint holds it.
+
+    Attributes:
+        bounded: Whether data lie in [-1, 1], so that predictions of x_0 may be clipped there.
+    """
+
+    bounded: bool = False
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents, (B, C', H', W'), of images in [-1, 1], (B, C, H, W)."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, (B, C, H, W), nominally in [-1, 1], of latents, (B, C', H', W')."""
+
+    @abstractmethod
+    def latent_shape(self, image_shape: Shape) -> Shape:
+        """(C', H', W') of the latents of images of shape (C, H, W); ValueError if there are no such latents."""
+
+    @abstractmethod
+    def image_shape(self, latent_shape: Shape) -> Shape:
+        """(C, H, W) of the images that latents of shape (C', H', W') decode to."""
+
+
+class Pixels(Codec):
+    """The images themselves."""
+
+    bounded = True
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def latent_shape(self, image_shape: Shape) -> Shape:
+        return image_shape
+
+    def image_shape(self, latent_shape: Shape) -> Shape:
+        return latent_shape

@@ -1,0 +1,59 @@
+"""Where images come from."""
+
+from abc import ABC, abstractmethod
+
+from diffusion_lit.data.dataset import ImageDataset, Split
+
+
+class Source(ABC):
+    """A kind of image collection: finds it on the disk and opens its splits.
+
+    A subclass takes the arguments that only this collection needs. What is the same for all collections (batches,
+    order, mirroring, worker processes, unreadable images) belongs to `ImageData`.
+
+    Attributes:
+        flips: Default of `ImageData.flip`: whether a mirrored image is still an image of this collection.
+        eval_batch_size: Default of `ImageData.eval_batch_size`.
+    """
+
+    flips: bool = True
+    eval_batch_size: int = 256
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W), known without reading the disk."""
+
+    def prepare(self) -> None:  # noqa: B027
+        """Downloads or indexes what is missing; called on one process per machine, before `load`."""
+
+    @abstractmethod
+    def load(self, split: Split) -> ImageDataset | None:
+        """Opens one split; called once per split and process.
+
+        Returns:
+            The images, or None if there is no such split.
+
+        Raises:
+            FileNotFoundError: If the images are missing.
+            ValueError: If the images cannot be used.
+        """
+
+    def remedy(self, split: Split) -> str:
+        """What to do about a missing split, appended to the error message: "; set ..."."""
+        return ""
+
+
+def at_least(name: str, value: int, bound: int) -> None:
+    """Checks the lower bound of an option.
+
+    Args:
+        name: Name of the option below `--data`: "source.image_size".
+        value: Value of the option.
+        bound: Least value that is allowed.
+
+    Raises:
+        ValueError: If `value` is below `bound`.
+    """
+    if value < bound:
+        raise ValueError(f"{name.split('.')[-1]}={value} is below {bound}; raise --data.{name}")

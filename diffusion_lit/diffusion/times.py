@@ -1,0 +1,96 @@
+"""Training times: where on the process an objective measures its error."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.process import Process
+
+
+class Times(ABC):
+    """A distribution of training times.
+
+    Attributes:
+        learns: Whether the distribution depends on earlier losses, so that `update` must be called.
+    """
+
+    learns: bool = False
+
+    @abstractmethod
+    def draw(
+        self, count: int, process: Process, device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draws times.
+
+        Args:
+            count: Number of times, B.
+            process: The process, which says which times exist.
+            device: Device of the result.
+            generator: Source of randomness; torch's global one by default.
+
+        Returns:
+            Times in [first_time, 1], float64, (B,), and importance weights of the losses there, float64, (B,), or
+            None for weights of 1.
+
+        Raises:
+            ValueError: If the process has no such distribution.
+        """
+
+    def update(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027 (most learn nothing)
+        """Learns from losses.
+
+        Args:
+            t: Times that were drawn, (n,).
+            losses: Losses there, without importance weights, (n,).
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns all that was learned, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (most learn nothing)
+        """Restores what `state_dict` returned."""
+
+
+class UniformTimes(Times):
+    """Uniform over the T entries of a chain, or over [first_time, 1] in continuous time.
+
+    Source: Ho et al. 2020, algorithm 1; Song et al. 2021 (score SDE), eq. 7.
+    """
+
+    def draw(
+        self, count: int, process: Process, device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if process.num_steps is None:
+            u = torch.rand(count, dtype=torch.float64, device=device, generator=generator)
+            return process.first_time + (1 - process.first_time) * u, None
+        k = torch.randint(1, process.num_steps + 1, (count,), device=device, generator=generator)
+        return k.to(torch.float64) / process.num_steps, None
+
+
+class LogNormal(Times):
+    """Noise levels sigma / alpha whose logarithm is normal; those outside the process are moved to its ends.
+
+    Args:
+        mean: Mean of log(sigma / alpha).
+        std: Standard deviation of log(sigma / alpha), above 0.
+
+    Raises:
+        ValueError: If `std` is not above 0.
+
+    Source: Karras et al. 2022 (EDM), table 1.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        if not std > 0:
+            raise ValueError(f"times.std={std} must be above 0; EDM uses 1.2")
+        self.mean = mean
+        self.std = std
+
+    def draw(
+        self, count: int, process: Process, device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        normal = torch.randn(count, dtype=torch.float64, device=device, generator=generator)
+        t = process.time_at(-2 * (self.mean + self.std * normal))
+        return t.clamp(process.first_time, 1.0), None

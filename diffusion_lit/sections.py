@@ -1,0 +1,27 @@
+"""The sections of a configuration that a checkpoint carries."""
+
+from lightning.pytorch import Callback, LightningDataModule
+
+from diffusion_lit.callbacks import EMA, Checkpoints, SampleGrid
+from diffusion_lit.data import ImageData
+from diffusion_lit.evaluation import Evaluation, Likelihood
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.parts import Slot
+from diffusion_lit.system import System
+
+SEED = "seed_everything"
+SECTIONS: dict[str, type[Callback]] = {
+    "ema": EMA,
+    "sample_grid": SampleGrid,
+    "evaluation": Evaluation,
+    "likelihood": Likelihood,
+    "checkpoints": Checkpoints,
+}
+"""Our callbacks, each a section of the configuration; `--ema null` switches one off."""
+CARRIED: dict[str, Slot] = {
+    SEED: Slot(int),
+    "model": Slot(System, implied=DiffusionModule),
+    "data": Slot(LightningDataModule, implied=ImageData),
+    **{section: Slot(callback, fixed=True) for section, callback in SECTIONS.items()},
+}
+"""All sections that a checkpoint carries, and what each takes."""
