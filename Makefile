@@ -30,10 +30,11 @@ DEVICES += --trainer.strategy ddp
 endif
 
 RUN := $(BIN)/python -m diffusion_lit
+, := ,
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision test test-slow lint format clean
+.PHONY: help install lock demo demo-fast train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -59,6 +60,21 @@ demo: $(READY) ## train on embedded digits, sample and score; a new run each tim
 	@# One thread: for images this small, more threads gain nothing.
 	OMP_NUM_THREADS=1 $(RUN) fit -c configs/digits.yaml --trainer.accelerator cpu --trainer.devices 1 \
 		--trainer.default_root_dir runs/demo $(ARGS)
+
+CPU := --trainer.accelerator cpu --trainer.devices 1
+FAST_FIT = OMP_NUM_THREADS=1 $(RUN) fit -c configs/$(1)_digits.yaml $(CPU) --trainer.default_root_dir runs/fast/$(1) $(ARGS)
+FAST_TABLE = OMP_NUM_THREADS=1 $(RUN) test --ckpt_path runs/fast/$(1)/checkpoints/last.ckpt $(CPU) --trainer.limit_test_batches 1 \
+	--evaluation.table SamplerTable --evaluation.table.evaluations '$(2)' --evaluation.table.samplers '$(3)'
+EDM_DIGITS := runs/fast/edm/checkpoints/last.ckpt
+
+demo-fast: $(READY) ## few-step models on the digits beside DDIM and Heun, a table for each; up to an hour on a CPU
+	@rm -rf runs/fast
+	$(call FAST_FIT,edm)
+	$(call FAST_FIT,cd) --init_from $(EDM_DIGITS) --model.objective.teacher $(EDM_DIGITS)
+	$(call FAST_FIT,ect) --init_from $(EDM_DIGITS)
+	$(call FAST_FIT,ct)
+	$(call FAST_TABLE,edm,[1$(,)2$(,)4$(,)10$(,)50],{DDIM: {class_path: DDIM$(,) grid: Karras}$(,) Heun: Heun})
+	for name in cd ect ct; do $(call FAST_TABLE,$$name,[1$(,)2$(,)4],{Multistep: Multistep}) || exit 1; done
 
 train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto (0: CPU); further options in ARGS="--key value"
 	$(RUN) fit -c $(CONFIG) $(DEVICES) $(ARGS)

@@ -2,10 +2,40 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HalfLife:
+    """The decay of an average whose memory is counted in training images.
+
+    At the n-th update, n from 1, it is 0.5^(batch_size / h) with h = min(images, ramp_up (n - 1) batch_size): the
+    half-life is at most the fraction `ramp_up` of the images seen so far.
+
+    Attributes:
+        images: The half-life, in images.
+        batch_size: Images per optimiser step.
+        ramp_up: Fraction of the images seen so far; None: no limit.
+
+    Source: Karras et al. 2022 (EDM), appendix F.2 and its code.
+    """
+
+    images: float
+    batch_size: int
+    ramp_up: float | None = 0.05
+
+    def __call__(self, update: int) -> float:
+        """Returns the decay of an update, counted from 1."""
+        seen = (update - 1) * self.batch_size
+        images = self.images if self.ramp_up is None else min(self.images, self.ramp_up * seen)
+        return 0.0 if images == 0 else float(0.5 ** (self.batch_size / images))
+
+    def __str__(self) -> str:
+        return f"{self.images:.12g}_images"
 
 
 class WeightAverages:
@@ -15,8 +45,8 @@ class WeightAverages:
 
     Args:
         module: Has the parameters.
-        decays: One average for each, in [0, 1).
-        warmup: Whether the decay starts low, min(decay, (1 + n) / (10 + n)) at the n-th update, so that
+        decays: One average for each: a number in [0, 1), or a `HalfLife`.
+        warmup: Whether a decay that is a number starts low, min(decay, (1 + n) / (10 + n)) at the n-th update, so that
             short runs do not keep their random start.
         names: The parameters to average; None: all trainable ones.
 
@@ -27,12 +57,13 @@ class WeightAverages:
     def __init__(
         self,
         module: nn.Module,
-        decays: Sequence[float],
+        decays: Sequence[float | HalfLife],
         warmup: bool = False,
         names: Iterable[str] | None = None,
     ) -> None:
-        if not decays or not all(0 <= d < 1 for d in decays) or len(set(decays)) < len(decays):
-            raise ValueError(f"ema.decays={list(decays)} must be distinct values in [0, 1); DDPM uses [0.9999]")
+        numbers = [d for d in decays if not isinstance(d, HalfLife)]
+        if not decays or not all(0 <= d < 1 for d in numbers) or len(set(decays)) < len(decays):
+            raise ValueError(f"ema.decays={numbers} must be distinct values in [0, 1); DDPM uses [0.9999]")
         self.decays = list(decays)
         self.warmup = warmup
         self.num_updates = 0
@@ -66,8 +97,14 @@ class WeightAverages:
         self.num_updates += 1
         parameters = [p.detach().float() for p in self._parameters(module)]
         for decay in self.decays:
-            limit = (1 + self.num_updates) / (10 + self.num_updates) if self.warmup else 1.0
-            torch._foreach_lerp_(self._averages[str(decay)], parameters, 1 - min(decay, limit))
+            torch._foreach_lerp_(self._averages[str(decay)], parameters, 1 - self._now(decay))
+
+    def _now(self, decay: float | HalfLife) -> float:
+        """The decay of the newest update."""
+        n = self.num_updates
+        if isinstance(decay, HalfLife):
+            return decay(n)
+        return min(decay, (1 + n) / (10 + n)) if self.warmup else decay
 
     @contextmanager
     def swapped(self, module: nn.Module, name: str | None = None) -> Iterator[None]:
@@ -109,7 +146,7 @@ class WeightAverages:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the primary average, which is its `state_dict`."""
         return {
-            "decays": self.decays,
+            "decays": [str(d) if isinstance(d, HalfLife) else d for d in self.decays],
             "warmup": self.warmup,
             "num_updates": self.num_updates,
             "averages": {str(d): self.average(str(d)) for d in self.decays[1:]},

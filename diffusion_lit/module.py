@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -115,6 +116,10 @@ class DiffusionModule(Generator):
         self.denoiser.run = execution.of(self.denoiser.network)
 
     # Training
+
+    def check_training(self, trainer: L.Trainer) -> None:
+        super().check_training(trainer)
+        self.objective.begin(self.denoiser)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         given = {name: cast(Tensor, value) for name, value in batch.items() if name != "image"}

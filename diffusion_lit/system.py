@@ -216,7 +216,8 @@ class System(Weighted):
         return dict(self._outputs[-1])
 
     def configure_optimizers(self) -> Any:
-        return optimization(self.parameters(), self.make_optimizer, self.make_lr_scheduler)
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        return optimization(self.parameters(), self.make_optimizer, self.make_lr_scheduler, batch_size)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         named_errors("lr_scheduler", lambda: super(System, self).lr_scheduler_step(scheduler, metric))

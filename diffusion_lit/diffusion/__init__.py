@@ -13,10 +13,11 @@ from diffusion_lit.diffusion.samplers import DDIM, Ancestral, DPMSolver, Heun, S
 from diffusion_lit.diffusion.schedule import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
 from diffusion_lit.diffusion.times import LogNormal, Times, UniformTimes
 from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, FixedVariance, LearnedRange, ReverseVariance
-from diffusion_lit.diffusion.weighting import MinSNR, Simple, Variational, Velocity, Weighting
+from diffusion_lit.diffusion.weighting import EDM, MinSNR, Simple, Variational, Velocity, Weighting
 
 __all__ = [
     "DDIM",
+    "EDM",
     "X0",
     "Ancestral",
     "ClassifierFree",

@@ -67,6 +67,17 @@ class Objective(ABC):
     def check(self, process: Process) -> None:  # noqa: B027 (most take any)
         """Raises ValueError if the objective needs another kind of process."""
 
+    def begin(self, denoiser: Denoiser) -> None:  # noqa: B027 (most need nothing)
+        """Called before training, possibly more than once; loads and checks what only training needs.
+
+        Args:
+            denoiser: The denoiser that is going to be trained, on any device.
+
+        Raises:
+            ValueError: If what is needed does not fit the denoiser.
+            FileNotFoundError: If it is not there.
+        """
+
     @abstractmethod
     def losses_at(self, denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Computes the loss of each image at its own time, without importance weights.

@@ -76,3 +76,26 @@ class Velocity(Weighting):
 
     def __call__(self, process: Process, t: Tensor) -> Tensor:
         return 1 + (-process.log_snr(t)).exp()
+
+
+class EDM(Weighting):
+    """(s^2 + d^2) / d^2 with s = sigma / alpha: the squared error of the output F of `Preconditioned`.
+
+    The paper weights |x_0 - x0_hat|^2 by lambda = (s^2 + d^2) / (s d)^2, which is s^2 lambda on the error of eps.
+
+    Args:
+        sigma_data: Standard deviation d of the data, above 0; that of the parameterization.
+
+    Raises:
+        ValueError: If `sigma_data` is not above 0.
+
+    Source: Karras et al. 2022 (EDM), table 1.
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        if not sigma_data > 0:
+            raise ValueError(f"weighting.sigma_data={sigma_data} must be above 0; EDM uses 0.5 for images")
+        self.sigma_data = sigma_data
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return 1 + (-process.log_snr(t)).exp() / self.sigma_data**2

@@ -6,7 +6,7 @@ already is not computed again.
 
 import csv
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +67,15 @@ class Table(ABC):
     @abstractmethod
     def cells(self, checkpoint: Path) -> list[Cell]:
         """All cells, row by row, for a checkpoint; raises ValueError if there are none."""
+
+    def sequence(self, checkpoint: Path, filled: Filled) -> Iterator[Cell]:
+        """The cells in the order in which they are evaluated.
+
+        Args:
+            checkpoint: The checkpoint that the table is of.
+            filled: The cells so far with their records; it grows, so that a search can decide by the scores.
+        """
+        yield from self.cells(checkpoint)
 
     @abstractmethod
     def draw(self, figure: Any, filled: Filled, score: str) -> None:
@@ -141,11 +150,10 @@ def fill(table: Table, evaluation: "Evaluation", trainer: L.Trainer, generator: 
     """
     checkpoint = loaded_from(generator)
     loaded = generator.loaded
-    cells = table.cells(checkpoint)
     run_dir = Path(trainer.default_root_dir)
     filled: list[tuple[Cell, Mapping[str, Any]]] = []
-    for number, cell in enumerate(cells, start=1):
-        rank_zero_info(f"table {table.name}: {cell.row}, {cell.column} ({number} of {len(cells)})")
+    for cell in table.sequence(checkpoint, filled):
+        rank_zero_info(f"table {table.name}: {cell.row}, {cell.column} (after {len(filled)} others)")
         if cell.checkpoint is not None:
             generator.load(read_checkpoint(cell.checkpoint), cell.weights, cell.checkpoint)
         with table.applied(cell, generator):

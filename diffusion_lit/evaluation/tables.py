@@ -196,7 +196,7 @@ class AverageTable(Line):
 
     name = "averages"
     corner = "weights"
-    axis = "1 - decay"
+    axis = "1 - decay, or images of the half-life"
     scale = "log"
 
     def __init__(self, weights: Sequence[str] | None = None) -> None:
@@ -207,11 +207,16 @@ class AverageTable(Line):
         averages = held.get("averages")
         if averages is None:
             raise ValueError(f"{checkpoint} holds no averages beside its weights; take one that `fit` wrote with --ema")
-        names = self.weights or [*sorted(map(str, averages["decays"]), key=float), RAW]
+        names = self.weights or [*sorted(map(str, averages["decays"]), key=memory), RAW]
         return [Cell(name, "score", checkpoint=checkpoint, weights=name) for name in names]
 
     def place(self, row: str) -> float | None:
-        return None if row == RAW else 1 - float(row)
+        return None if row == RAW else 1 - float(row) if memory(row) < 1 else memory(row)
+
+
+def memory(name: str) -> float:
+    """The number in the name of an average: its decay, or its half-life in images."""
+    return float(name.removesuffix("_images"))
 
 
 class StepTable(Line):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from diffusion_lit.networks import ADMUNet, NoisyClassifier, UNet
+from diffusion_lit.networks import ADMUNet, DDPMpp, NoisyClassifier, UNet
 
 SHAPE: dict[str, object] = {
     "image_size": 8,
@@ -38,6 +38,11 @@ def small_unet(**changes: object) -> UNet:
 
 def small_adm(**changes: object) -> ADMUNet:
     return ADMUNet(**{**SHAPE, "head_channels": 4, **changes})  # type: ignore[arg-type]
+
+
+def small_ddpmpp(**changes: object) -> DDPMpp:
+    shape = {name: value for name, value in SHAPE.items() if name != "num_groups"}
+    return DDPMpp(**{**shape, "dropout": 0.0, **changes})  # type: ignore[arg-type]
 
 
 def small_classifier(**changes: object) -> NoisyClassifier:

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from diffusion_lit.networks import ConvClassifier, attention_control
 from diffusion_lit.networks.attention import attend, count_heads
-from tests.networks.small import IMAGES, TIMES, randomize, seeded, small_adm, small_classifier, small_unet
+from tests.networks.small import IMAGES, TIMES, randomize, seeded, small_adm, small_classifier, small_ddpmpp, small_unet
 
-NETWORKS = pytest.mark.parametrize("make", [small_unet, small_adm, small_classifier])
+NETWORKS = pytest.mark.parametrize("make", [small_unet, small_adm, small_ddpmpp, small_classifier])
 
 # One block down, the middle, and two blocks up; for the classifier the pooling.
 NAMES: dict[Callable[[], nn.Module], list[str]] = {
     small_unet: ["down.1.attn.0", "mid.attn_1", "up.1.attn.0", "up.1.attn.1"],
     small_adm: ["input_blocks.3.1", "middle_block.1", "output_blocks.0.1", "output_blocks.1.1"],
+    small_ddpmpp: ["enc.2.attention", "mid.0.attention", "dec.0.1.attention"],
     small_classifier: ["input_blocks.3.1", "middle_block.1", "out.2"],
 }
 
