@@ -132,6 +132,9 @@ class DiffusionModule(Generator):
             x0 = self.codec.encode(batch["image"])
         return self.objective(self.denoiser, x0, self.conditioner(given), self.noise_source)
 
+    def start(self) -> None:
+        self.objective.start(self.denoiser)
+
     def learn(self, outputs: Sequence[Mapping[str, Tensor]]) -> None:
         seen = Seen(torch.cat([output["t"] for output in outputs]), torch.cat([output["losses"] for output in outputs]))
         self.objective.stepped(self.step, self.denoiser, seen, self.gather)

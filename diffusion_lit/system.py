@@ -96,6 +96,9 @@ class System(Weighted):
             scalars are logged as they are.
         """
 
+    def start(self) -> None:
+        """Called once before a new run, not when one continues; the weights may still be changed here."""
+
     def learn(self, outputs: Sequence[Mapping[str, Tensor]]) -> None:
         """Called once after each whole step that was not skipped, before the averages move.
 

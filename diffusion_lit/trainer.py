@@ -141,6 +141,8 @@ class Trainer(L.Trainer):
                 tidy(run_dir, None if start is None else start[0])
             if ckpt_path is None and init_from is not None:
                 initialize(model, init_from)
+            if ckpt_path is None and isinstance(model, System):
+                model.start()
             before = {"curves": 0} if start is None else start[1]
             state = {name: before[name] for name in ("curves", "wandb") if name in before}
             resume_loggers(self, before.get("global_step", 0), state)

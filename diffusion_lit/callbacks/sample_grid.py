@@ -25,7 +25,7 @@ class SampleGrid(L.Callback):
         every_n_steps: Optimiser steps between grids; null: only one when training ends.
         num_images: Images in the grid.
         batch_size: Images generated at once.
-        sampler: Draws them.
+        sampler: Draws them; null: the model's own.
         seed: Decides their noise.
 
     Raises:
@@ -37,7 +37,7 @@ class SampleGrid(L.Callback):
         every_n_steps: int | None = 5000,
         num_images: int = 64,
         batch_size: int = 64,
-        sampler: Sampler = DDIM(steps=50),
+        sampler: Sampler | None = DDIM(steps=50),
         seed: int = 0,
     ) -> None:
         self.interval = Interval(every_n_steps, "sample_grid.every_n_steps")
@@ -46,7 +46,7 @@ class SampleGrid(L.Callback):
         self._drawn_at: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(pl_module, Generator):
+        if stage == "fit" and isinstance(pl_module, Generator) and self.sampler is not None:
             check_section_sampler(pl_module, self.sampler, "sample_grid")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

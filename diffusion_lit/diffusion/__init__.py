@@ -1,5 +1,6 @@
 """The mathematics of diffusion: processes, parameterizations, objectives, samplers, guidance, likelihood."""
 
+from diffusion_lit.diffusion.cosine import CosineProcess
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grid import Grid, Karras, LogSNR, Quadratic, Spanning, Trailing, Uniform
 from diffusion_lit.diffusion.guidance import ClassifierFree, ClassifierGuidance, Guidance
@@ -10,10 +11,18 @@ from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, 
 from diffusion_lit.diffusion.process import DiscreteProcess, Process, VarianceExploding, VariancePreserving
 from diffusion_lit.diffusion.resampling import LossSecondMoment
 from diffusion_lit.diffusion.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, slerp
-from diffusion_lit.diffusion.schedule import Cosine, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
-from diffusion_lit.diffusion.times import LogNormal, Times, UniformTimes
+from diffusion_lit.diffusion.schedule import Cosine, IntegratedLinear, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
+from diffusion_lit.diffusion.times import EvenTimes, LogNormal, Times, UniformTimes
 from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, FixedVariance, LearnedRange, ReverseVariance
-from diffusion_lit.diffusion.weighting import EDM, MinSNR, Simple, Variational, Velocity, Weighting
+from diffusion_lit.diffusion.weighting import (
+    EDM,
+    MinSNR,
+    Simple,
+    TruncatedSNR,
+    Variational,
+    Velocity,
+    Weighting,
+)
 
 __all__ = [
     "DDIM",
@@ -23,11 +32,13 @@ __all__ = [
     "ClassifierFree",
     "ClassifierGuidance",
     "Cosine",
+    "CosineProcess",
     "DPMSolver",
     "Denoiser",
     "DenoisingLoss",
     "DiscreteProcess",
     "Eps",
+    "EvenTimes",
     "FixedLarge",
     "FixedSmall",
     "FixedVariance",
@@ -37,6 +48,7 @@ __all__ = [
     "Heun",
     "Hybrid",
     "ImageNoise",
+    "IntegratedLinear",
     "Karras",
     "LearnedRange",
     "Linear",
@@ -62,6 +74,7 @@ __all__ = [
     "Sqrt",
     "Times",
     "Trailing",
+    "TruncatedSNR",
     "Uniform",
     "UniformTimes",
     "V",

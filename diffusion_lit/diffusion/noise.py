@@ -57,15 +57,23 @@ class ImageNoise:
         self.drawn = 0
         index = torch.tensor(indices, dtype=torch.int64, device=self.device).reshape(-1, 1)
         self.low, self.high = index & WORD, index >> 32
-        self.block = torch.arange(-(-math.prod(self.shape) // 4), device=self.device)
 
-    def draw(self) -> Tensor:
-        """Returns the next noise of every image, (B, *shape), float32."""
-        number = torch.full_like(self.block[:1], self.drawn)
+    def draw(self, shape: Sequence[int] | None = None) -> Tensor:
+        """Returns the next noise of every image, float32.
+
+        Args:
+            shape: Shape for one image where it is not that of the images, as for a latent variable.
+
+        Returns:
+            (B, *shape).
+        """
+        shape = self.shape if shape is None else tuple(shape)
+        block = torch.arange(-(-math.prod(shape) // 4), device=self.device)
+        number = torch.full_like(block[:1], self.drawn)
         self.drawn += 1
-        words = philox((self.block, number, self.low, self.high), self.seed)
+        words = philox((block, number, self.low, self.high), self.seed)
         noise = torch.stack([*normals(words[0], words[1]), *normals(words[2], words[3])], -1).flatten(1)
-        return noise[:, : math.prod(self.shape)].reshape(-1, *self.shape)
+        return noise[:, : math.prod(shape)].reshape(-1, *shape)
 
 
 class NoiseSource(ABC):

@@ -78,6 +78,13 @@ class Objective(ABC):
             FileNotFoundError: If it is not there.
         """
 
+    def start(self, denoiser: Denoiser) -> None:  # noqa: B027 (most need nothing)
+        """Called once before the first step of a new run, but not when a run continues.
+
+        Args:
+            denoiser: The denoiser that is trained, on the CPU; its weights may be changed in place.
+        """
+
     @abstractmethod
     def losses_at(self, denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Computes the loss of each image at its own time, without importance weights.

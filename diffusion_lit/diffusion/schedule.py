@@ -144,3 +144,36 @@ class Sigmoid(Schedule):
             return ((high - here) / (high - low)).clamp(min=0)
 
         return betas_from_alpha_bar(alpha_bar, num_steps)
+
+
+class IntegratedLinear(Schedule):
+    """beta(t), linear in continuous time, integrated over each step: beta_k = 1 - exp(-integral of beta(t) dt).
+
+    Step k of T goes from t_(k-1) to t_k, with t_k = first_time + (1 - first_time) k / T. However few steps there are,
+    the chain ends in nearly pure noise. Data are at t_0 = `first_time`, so that alpha_bar is relative to its value
+    there.
+
+    Args:
+        beta_min: beta(0), above 0.
+        beta_max: beta(1), at least `beta_min`.
+        first_time: Time of the data, in [0, 1).
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Xiao et al. 2022 (denoising diffusion GANs), appendix B, and its code.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, first_time: float = 1e-3) -> None:
+        if not 0 < beta_min <= beta_max or not 0 <= first_time < 1:
+            raise ValueError(
+                f"IntegratedLinear: 0 < beta_min={beta_min} <= beta_max={beta_max} and 0 <= first_time={first_time} "
+                "< 1 must hold; the paper has 0.1, 20 and 0.001"
+            )
+        self.beta_min, self.beta_max, self.first_time = beta_min, beta_max, first_time
+
+    def betas(self, num_steps: int) -> Tensor:
+        k = torch.arange(num_steps + 1, dtype=torch.float64)
+        t = self.first_time + (1 - self.first_time) * k / num_steps
+        integral = self.beta_min * t + (self.beta_max - self.beta_min) * t.square() / 2
+        return -torch.expm1(-integral.diff())

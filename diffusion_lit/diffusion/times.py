@@ -69,6 +69,34 @@ class UniformTimes(Times):
         return k.to(torch.float64) / process.num_steps, None
 
 
+class EvenTimes(Times):
+    """Uniform over i / N, i = 1 .. N: the times of the grid `Trailing` with N steps.
+
+    Args:
+        steps: N, at least 1.
+
+    Raises:
+        ValueError: If N < 1.
+
+    Source: Salimans & Ho 2022, algorithm 2.
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"times.steps={steps} must be at least 1")
+        self.steps = steps
+
+    def draw(
+        self, count: int, process: Process, device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if process.num_steps is not None and process.num_steps % self.steps:
+            raise ValueError(
+                f"times.steps={self.steps} does not divide the {process.num_steps} steps of the process; take a divisor"
+            )
+        i = torch.randint(1, self.steps + 1, (count,), device=device, generator=generator)
+        return i.to(torch.float64) / self.steps, None
+
+
 class LogNormal(Times):
     """Noise levels sigma / alpha whose logarithm is normal; those outside the process are moved to its ends.
 

@@ -68,6 +68,16 @@ class MinSNR(Weighting):
         return (self.gamma * (-process.log_snr(t)).exp()).clamp(max=1.0)
 
 
+class TruncatedSNR(Weighting):
+    """max(1, 1 / SNR): the squared error of x_0 with the weight max(SNR, 1), which is never small.
+
+    Source: Salimans & Ho 2022, section 4 ("truncated SNR").
+    """
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return (-process.log_snr(t)).exp().clamp(min=1.0)
+
+
 class Velocity(Weighting):
     """1 + 1 / SNR: the squared error of v, for networks that predict it.
 

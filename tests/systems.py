@@ -1,0 +1,112 @@
+"""Systems of every kind, small, on the digits: for the tests that all of them pass."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_lit.diffusion import DDIM, CosineProcess, DiscreteProcess, IntegratedLinear, Trailing, V
+from diffusion_lit.generator import Generator
+from diffusion_lit.methods.ddgan import DDGAN
+from diffusion_lit.methods.progressive_distillation import LinearByStage, ProgressiveDistillation
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.networks import NCSNpp, PairDiscriminator
+from tests import tiny
+
+NETWORK = {
+    "image_size": 8,
+    "in_channels": 1,
+    "width": 16,
+    "multipliers": [1, 2],
+    "num_blocks": 1,
+    "attention": [4],
+    "dropout": 0.1,
+    "num_groups": 8,
+}
+NCSNPP: dict[str, Any] = {
+    "image_size": 8,
+    "in_channels": 1,
+    "width": 8,
+    "multipliers": [1, 2],
+    "num_blocks": 1,
+    "attention": [],
+    "dropout": 0.1,
+    "latent_size": 5,
+    "latent_width": 8,
+}
+TEACHER = {
+    "class_path": "diffusion_lit.module.DiffusionModule",
+    "init_args": {
+        "network": {"class_path": "diffusion_lit.networks.UNet", "init_args": NETWORK},
+        "process": {"class_path": "diffusion_lit.diffusion.CosineProcess"},
+        "parameterization": {"class_path": "diffusion_lit.diffusion.V"},
+    },
+}
+"""The configuration of the module of `teacher`."""
+
+
+def teacher(place: Path) -> Path:
+    """Trains a teacher for two steps; returns its checkpoint, with the configuration that the command line adds."""
+    system = tiny.module(process=CosineProcess(), parameterization=V())
+    system.config = {"model": TEACHER}
+    tiny.trainer(place, 2).fit(system, tiny.data())
+    return tiny.last(place)
+
+
+def student(path: Path, stages: Any = (2, 2, 2), **kwargs: Any) -> DiffusionModule:
+    """A student of the teacher at a path, by default of 4, 2 and 1 steps for two training steps each."""
+    parts: dict[str, Any] = {
+        "process": CosineProcess(),
+        "parameterization": V(),
+        "sampler": DDIM(1, grid=Trailing()),
+        "objective": ProgressiveDistillation(str(path), stages),
+        "lr_scheduler": lambda optimizer: LinearByStage(optimizer, stages),
+    }
+    return tiny.module(**{**parts, **kwargs})
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    """The optimiser of both networks of a GAN."""
+    return torch.optim.Adam(parameters, lr=2e-3, betas=(0.5, 0.9))
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of both networks of a GAN."""
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-5)
+
+
+def ddgan(kind: type[DDGAN] = DDGAN, **kwargs: Any) -> DDGAN:
+    """A denoising diffusion GAN of four steps, always with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts: dict[str, Any] = {
+            "network": NCSNpp(
+                8,
+                1,
+                width=8,
+                multipliers=[1, 2],
+                num_blocks=1,
+                attention=[],
+                dropout=0.1,
+                latent_size=5,
+                latent_width=8,
+            ),
+            "discriminator": PairDiscriminator(8, 1, widths=[8, 8, 8], time_width=8),
+            "process": DiscreteProcess(4, IntegratedLinear()),
+            "optimizer": adam,
+            "discriminator_optimizer": adam,
+            "lr_scheduler": cosine,
+            "discriminator_lr_scheduler": cosine,
+            "r1_every": 2,
+            "seed": 3,
+        }
+    return kind(**{**parts, **kwargs})
+
+
+GENERATORS: dict[str, Callable[[Path], Generator]] = {
+    "diffusion": lambda path: tiny.module(),
+    "progressive distillation": lambda path: student(path),
+    "denoising diffusion GAN": lambda path: ddgan(),
+}
+"""Each makes a system; it is given the path of a teacher, for those that have one."""
