@@ -34,7 +34,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-fast train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision bench-modes test test-slow lint format clean
+.PHONY: help install lock demo demo-fast demo-anomaly train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision bench-modes test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -75,6 +75,20 @@ demo-fast: $(READY) ## few-step models on the digits beside DDIM and Heun, a tab
 	$(call FAST_FIT,ct)
 	$(call FAST_TABLE,edm,[1$(,)2$(,)4$(,)10$(,)50],{DDIM: {class_path: DDIM$(,) grid: Karras}$(,) Heun: Heun})
 	for name in cd ect ct; do $(call FAST_TABLE,$$name,[1$(,)2$(,)4],{Multistep: Multistep}) || exit 1; done
+
+demo-anomaly: $(READY) ## find defects in embedded digits with simplex and with Gaussian noise; minutes on a CPU
+	@rm -rf runs/anomaly_digits_simplex runs/anomaly_digits_gaussian
+	@for noise in Simplex Gaussian; do \
+		run=runs/anomaly_digits_$$(echo $$noise | tr SG sg); \
+		options=$$([ $$noise = Gaussian ] && echo --model.noise Gaussian); \
+		OMP_NUM_THREADS=1 $(RUN) fit -c anomaly_digits $$options --trainer.accelerator cpu --trainer.devices 1 \
+			--trainer.default_root_dir $$run $(ARGS) && \
+		OMP_NUM_THREADS=1 $(RUN) test --ckpt_path $$run/checkpoints/last.ckpt --trainer.accelerator cpu \
+			--trainer.devices 1 --model.table '[100, 200, 300, 400]' && \
+		OMP_NUM_THREADS=1 $(RUN) predict --ckpt_path $$run/checkpoints/last.ckpt --trainer.accelerator cpu \
+			--trainer.devices 1 || exit 1; \
+	done
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.anomaly runs/anomaly_digits_simplex runs/anomaly_digits_gaussian
 
 train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto (0: CPU); further options in ARGS="--key value"
 	$(RUN) fit -c $(CONFIG) $(DEVICES) $(ARGS)

@@ -7,6 +7,7 @@ writes a `training_step` made of `update` and `finish_step`.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as L
@@ -112,6 +113,31 @@ class System(Weighted):
 
     def execute(self, execution: Execution) -> None:
         """Has the networks run in this way from now on; nothing by default."""
+
+    def prediction(
+        self,
+        data: L.LightningDataModule | None,
+        directory: Path,
+        num_images: int | None,
+        batch_size: int | None,
+        seed: int,
+    ) -> tuple[L.LightningDataModule, L.Callback] | None:
+        """What `predict` does where that is not to generate images.
+
+        Args:
+            data: The data of the configuration, if there are any.
+            directory: Where results go.
+            num_images: How many images; None: the system's own choice.
+            batch_size: Images at once in each process; None: the system's own choice.
+            seed: Of the noise.
+
+        Returns:
+            The batches for `predict_step`, and a callback that writes what it returns; None: images are generated.
+
+        Raises:
+            ValueError: If that is not possible.
+        """
+        return None
 
     # Checks
 

@@ -225,11 +225,11 @@ class Trainer(L.Trainer):
         labels: str | list[int] | None = None,
         per_class: int | None = None,
     ) -> None:
-        """Generates images: a folder of PNG files, and a grid and an .npz beside it.
+        """Generates images: a folder of PNG files, and a grid and an .npz beside it; or what else a system predicts.
 
         Args:
             model: The model.
-            datamodule: Not used.
+            datamodule: For systems that predict something of images; generators do not use it.
             ckpt_path: The checkpoint to draw from.
             weights: "averaged", "raw", or the decay of a further average.
             num_images: How many images; by default as many as labels ask for, else 64.
@@ -253,11 +253,16 @@ class Trainer(L.Trainer):
             if self.is_global_zero:
                 require_writable(directory)
                 make_room(directory, replace=out is None)
-            writer = ImageWriter(directory, requests, npz, columns=per_class)
+            other = None
+            if isinstance(model, System):
+                other = model.prediction(datamodule, directory, num_images, batch_size, seed)
+            if other is None:
+                other = Generation(requests), ImageWriter(directory, requests, npz, columns=per_class)
+            batches, writer = other
             callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
             callbacks.append(writer)
             try:
-                super().predict(model, datamodule=Generation(requests), return_predictions=False)
+                super().predict(model, datamodule=batches, return_predictions=False)
             finally:
                 callbacks.remove(writer)
 

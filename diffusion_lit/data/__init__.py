@@ -6,6 +6,7 @@ from diffusion_lit.data.digits import Digits
 from diffusion_lit.data.folder import Folder
 from diffusion_lit.data.lsun import LSUN
 from diffusion_lit.data.module import ImageData
+from diffusion_lit.data.mvtec import DefectImages, MVTec
 from diffusion_lit.data.prepared import Prepared
 from diffusion_lit.data.source import Source
 
@@ -14,12 +15,14 @@ __all__ = [
     "LSUN",
     "CorruptImage",
     "CorruptImageWarning",
+    "DefectImages",
     "Digits",
     "Example",
     "Folder",
     "ImageData",
     "ImageDataset",
     "InMemoryImages",
+    "MVTec",
     "Prepared",
     "Source",
     "Split",

@@ -12,6 +12,7 @@ from diffusion_lit.diffusion.process import DiscreteProcess, Process, VarianceEx
 from diffusion_lit.diffusion.resampling import LossSecondMoment
 from diffusion_lit.diffusion.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, slerp
 from diffusion_lit.diffusion.schedule import Cosine, IntegratedLinear, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
+from diffusion_lit.diffusion.simplex import NormalizedSimplex, Simplex
 from diffusion_lit.diffusion.times import EvenTimes, LogNormal, Times, UniformTimes
 from diffusion_lit.diffusion.variance import FixedLarge, FixedSmall, FixedVariance, LearnedRange, ReverseVariance
 from diffusion_lit.diffusion.weighting import (
@@ -57,6 +58,7 @@ __all__ = [
     "LossSecondMoment",
     "MinSNR",
     "NoiseSource",
+    "NormalizedSimplex",
     "Objective",
     "Parameterization",
     "PosteriorMean",
@@ -70,6 +72,7 @@ __all__ = [
     "Seen",
     "Sigmoid",
     "Simple",
+    "Simplex",
     "Spanning",
     "Sqrt",
     "Times",

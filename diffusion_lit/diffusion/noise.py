@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.philox import WORD, philox
+from diffusion_lit.diffusion.philox import WORD, Words, philox
 
 
 def normals(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,13 @@ class ImageNoise:
         index = torch.tensor(indices, dtype=torch.int64, device=self.device).reshape(-1, 1)
         self.low, self.high = index & WORD, index >> 32
 
+    def words(self, count: int) -> Words:
+        """Returns the random words of the next draw: four tensors, (B, ceil(count / 4)), of words in 0 .. 2^32 - 1."""
+        block = torch.arange(-(-count // 4), device=self.device)
+        number = torch.full_like(block[:1], self.drawn)
+        self.drawn += 1
+        return philox((block, number, self.low, self.high), self.seed)
+
     def draw(self, shape: Sequence[int] | None = None) -> Tensor:
         """Returns the next noise of every image, float32.
 
@@ -68,16 +75,16 @@ class ImageNoise:
             (B, *shape).
         """
         shape = self.shape if shape is None else tuple(shape)
-        block = torch.arange(-(-math.prod(shape) // 4), device=self.device)
-        number = torch.full_like(block[:1], self.drawn)
-        self.drawn += 1
-        words = philox((block, number, self.low, self.high), self.seed)
+        words = self.words(math.prod(shape))
         noise = torch.stack([*normals(words[0], words[1]), *normals(words[2], words[3])], -1).flatten(1)
         return noise[:, : math.prod(shape)].reshape(-1, *shape)
 
 
 class NoiseSource(ABC):
-    """The noise of a process: of mean 0 and variance 1, for training and for sampling."""
+    """The noise of a process, for training and for sampling.
+
+    It has mean 0, and variance 1 unless a source says otherwise.
+    """
 
     @abstractmethod
     def like(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

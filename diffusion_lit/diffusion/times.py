@@ -54,18 +54,31 @@ class Times(ABC):
 
 
 class UniformTimes(Times):
-    """Uniform over the T entries of a chain, or over [first_time, 1] in continuous time.
+    """Uniform over the T entries of a chain, or over [first_time, 1] in continuous time, up to `last`.
+
+    Args:
+        last: Largest time, in (0, 1]. A model that is trained up to a time below 1 can only be used from there on down,
+            as anomaly detection and editing do.
+
+    Raises:
+        ValueError: If `last` is out of range.
 
     Source: Ho et al. 2020, algorithm 1; Song et al. 2021 (score SDE), eq. 7.
     """
+
+    def __init__(self, last: float = 1.0) -> None:
+        if not 0 < last <= 1:
+            raise ValueError(f"times.last={last} must lie in (0, 1]; 1 trains at all times")
+        self.last = last
 
     def draw(
         self, count: int, process: Process, device: torch.device, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         if process.num_steps is None:
             u = torch.rand(count, dtype=torch.float64, device=device, generator=generator)
-            return process.first_time + (1 - process.first_time) * u, None
-        k = torch.randint(1, process.num_steps + 1, (count,), device=device, generator=generator)
+            return process.first_time + (max(self.last, process.first_time) - process.first_time) * u, None
+        most = max(int(round(self.last * process.num_steps, 6)), 1)
+        k = torch.randint(1, most + 1, (count,), device=device, generator=generator)
         return k.to(torch.float64) / process.num_steps, None
 
 

@@ -178,7 +178,7 @@ class Evaluation(L.Callback):
         if not isinstance(pl_module, Generator) or not self.scores:
             return
         if self.table is not None:
-            fill(self.table, self, trainer, pl_module)
+            fill(self.table, lambda c: self.evaluate(trainer, pl_module, c.sampler, reuse=True), trainer, pl_module)
             return
         for name, value in self.evaluate(trainer, pl_module)["scores"].items():
             pl_module.log(name, value, sync_dist=False, rank_zero_only=False)

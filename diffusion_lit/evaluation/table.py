@@ -6,11 +6,11 @@ already is not computed again.
 
 import csv
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,9 +19,6 @@ from diffusion_lit.callbacks.collective import on_rank_zero
 from diffusion_lit.checkpoint import AVERAGED, read_checkpoint
 from diffusion_lit.diffusion import Sampler
 from diffusion_lit.generator import Generator
-
-if TYPE_CHECKING:
-    from diffusion_lit.evaluation.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,10 @@ class Table(ABC):
         """A sentence for under the table; may be empty."""
         return ""
 
+    def shown(self, scores: Sequence[str]) -> list[str]:
+        """Which of a record's scores the files show, in order; by default all."""
+        return list(scores)
+
     def compares(self, generator: Generator, record: Mapping[str, Any]) -> bool:
         """Whether the published values are of such a model, such data and such features as a record's."""
         return True
@@ -143,10 +144,16 @@ def loaded_from(generator: Generator) -> Path:
     return generator.loaded.path
 
 
-def fill(table: Table, evaluation: "Evaluation", trainer: L.Trainer, generator: Generator) -> None:
+def fill(table: Table, evaluate: Callable[[Cell], Mapping[str, Any]], trainer: L.Trainer, generator: Generator) -> None:
     """Evaluates every cell that is not on record and writes the table after each; collective.
 
     The generator has its own weights again afterwards.
+
+    Args:
+        table: What to evaluate.
+        evaluate: Returns the record of a cell, an old one where there is one, for the generator as it is then.
+        trainer: Its processes take part.
+        generator: Has the weights of a checkpoint.
     """
     checkpoint = loaded_from(generator)
     loaded = generator.loaded
@@ -157,7 +164,7 @@ def fill(table: Table, evaluation: "Evaluation", trainer: L.Trainer, generator: 
         if cell.checkpoint is not None:
             generator.load(read_checkpoint(cell.checkpoint), cell.weights, cell.checkpoint)
         with table.applied(cell, generator):
-            record = evaluation.evaluate(trainer, generator, cell.sampler, reuse=True)
+            record = evaluate(cell)
         comparable = cell.published is not None and table.compares(generator, record)
         filled.append((cell if comparable else replace(cell, published=None), record))
         on_rank_zero(trainer, lambda: write(table, filled, run_dir))
@@ -197,7 +204,7 @@ def write(table: Table, filled: Filled, run_dir: Path) -> None:
     """Writes <run>/table_<name>.md, .csv and .png of the cells that are there."""
     from matplotlib.figure import Figure
 
-    names = list(filled[0][1]["scores"])
+    names = table.shown(list(filled[0][1]["scores"]))
     path = run_dir / f"table_{table.name}.md"
     path.write_text("\n".join(markdown(table, filled, names)) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
@@ -226,7 +233,7 @@ def markdown(table: Table, filled: Filled, names: Sequence[str]) -> list[str]:
             column = name if line else cell.column
             texts[cell.row, column] = f"{record['scores'][name]:.4g}{published if name == names[0] else ''}"
     record = filled[-1][1]
-    against = ", ".join(f"{reference['count']:,} of {reference['name']}" for reference in record["references"])
+    against = ", ".join(f"{reference['count']:,} of {reference['name']}" for reference in record.get("references", ()))
     title = "" if line else f"`{names[0]}` of "
     source = f" {table.source}" if any(cell.published is not None for cell, _ in filled) else ""
     return [

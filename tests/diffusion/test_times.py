@@ -50,3 +50,14 @@ def test_on_a_chain_log_normal_times_are_entries() -> None:
 def test_a_deviation_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ValueError, match=r"times.std=0 must be above 0; EDM uses 1\.2"):
         LogNormal(std=0)
+
+
+def test_times_up_to_a_largest_one_are_uniform_below_it() -> None:
+    t, _ = UniformTimes(last=0.8).draw(20_000, DiscreteProcess(1000), CPU, seeded())
+    assert (float(t.min()), float(t.max())) == (0.001, 0.8)
+    assert float(t.mean()) == pytest.approx(0.4005, abs=0.005)
+    t, _ = UniformTimes(last=0.5).draw(20_000, VariancePreserving(first_time=0.25), CPU, seeded())
+    assert 0.25 <= float(t.min()) < 0.26
+    assert 0.49 < float(t.max()) <= 0.5
+    with pytest.raises(ValueError, match=r"last=1.5 must lie in \(0, 1\]"):
+        UniformTimes(last=1.5)
