@@ -1,6 +1,7 @@
 """DiffusionModule: wires process, network, parameterization, objective and sampler, and does nothing else."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -30,6 +31,7 @@ from diffusion_lit.diffusion.guidance import num_classes_of
 from diffusion_lit.execution import Execution
 from diffusion_lit.generator import Generator, check_labels
 from diffusion_lit.records import describe
+from diffusion_lit.stepping import gather
 from diffusion_lit.types import Batch, Condition, DenoiseFn, Network, StepFn
 
 
@@ -137,7 +139,7 @@ class DiffusionModule(Generator):
 
     def learn(self, outputs: Sequence[Mapping[str, Tensor]]) -> None:
         seen = Seen(torch.cat([output["t"] for output in outputs]), torch.cat([output["losses"] for output in outputs]))
-        self.objective.stepped(self.step, self.denoiser, seen, self.gather)
+        self.objective.stepped(self.step, self.denoiser, seen, partial(gather, world_size=self.trainer.world_size))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -1,7 +1,9 @@
-"""What a training step needs besides a system: seeds, gradients of several processes, sums for the log."""
+"""What a training step needs besides a system: seeds, gradients of several processes, logs, explanations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
+import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -80,3 +82,44 @@ def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> No
     flat /= world_size
     for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def why_stopped(trainer: L.Trainer, outputs: Sequence[Mapping[str, Tensor]], in_a_row: int, rate: float) -> str:
+    """What a person needs to find the cause of gradients that are not finite; collective.
+
+    Args:
+        trainer: Of the run.
+        outputs: What `System.losses` returned for each batch of the newest step.
+        in_a_row: Skipped steps.
+        rate: Learning rate of the newest step.
+    """
+    step = trainer.global_step
+    find = getattr(getattr(trainer, "datamodule", None), "images_of_step", None)
+    images = [] if find is None else find(step)
+    bad = bad_images(outputs, trainer.world_size)
+    named = [image for image, is_bad in zip(images, bad, strict=False) if is_bad] or images
+    what = "images with non-finite losses" if any(bad) else "images of that step"
+    return (
+        f"gradients were not finite in {in_a_row} steps in a row, the last of them step {step}, at a learning rate of "
+        f"{rate:.3g}; {what}: {', '.join(map(str, named)) or 'not known'}; the weights of step {step - in_a_row} are "
+        f"in {trainer.default_root_dir}/checkpoints/last.ckpt; lower the learning rate, or look at these images"
+    )
+
+
+def bad_images(outputs: Sequence[Mapping[str, Tensor]], world_size: int) -> list[bool]:
+    """Whether the loss of each image of a step was not finite, in the order of the step; collective."""
+    losses = [output["losses"] for output in outputs if "losses" in output]
+    if not losses:
+        return []
+    # Gathered by rank; in a step the order is micro-batch, rank, image.
+    by_rank = gather(torch.stack(losses).float()[None], world_size)
+    return cast(list[bool], (~by_rank.isfinite()).transpose(0, 1).flatten().tolist())
+
+
+def gather(tensor: Tensor, world_size: int) -> Tensor:
+    """Joins a tensor, (n, ...), with those of the other W - 1 processes: (W n, ...), by rank; collective."""
+    if world_size == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size)]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

@@ -17,9 +17,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffusion_lit import stepping
 from diffusion_lit.execution import Execution
 from diffusion_lit.optimization import named_errors, optimization
-from diffusion_lit.stepping import MEAN_LOSS, TRAINING, VALIDATION, average_gradients, copy_buffers, seed_step, totals
 from diffusion_lit.types import Batch
 from diffusion_lit.weights import Weighted
 
@@ -222,16 +222,18 @@ class System(Weighted):
             NonFiniteGradients: If `max_skipped_steps` in a row were skipped.
         """
         if self.max_skipped_steps is not None and self.skipped_in_a_row >= self.max_skipped_steps:
-            raise NonFiniteGradients(self._why_stopped())
+            skipped = self.skipped_in_a_row
+            raise NonFiniteGradients(stepping.why_stopped(self.trainer, self._outputs, skipped, self._rate))
         if self.trainer.global_step != self._step_begun:
             self._outputs.clear()
         self._step_begun = self.trainer.global_step
-        seed_step(self.seed, TRAINING, self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        stepping.seed_step(self.seed, stepping.TRAINING, self.global_rank, number)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         parts = self.losses(batch)
         # Lightning divides "loss" by the number of accumulated batches before callbacks see it.
-        return {**self.note({**parts, MEAN_LOSS: parts["loss"]}), "loss": parts["loss"]}
+        return {**self.note({**parts, stepping.MEAN_LOSS: parts["loss"]}), "loss": parts["loss"]}
 
     def note(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keeps what a batch gave, detached, for `learn` and for the log, and returns it.
@@ -310,7 +312,7 @@ class System(Weighted):
         with block() if self.trainer.world_size > 1 else nullcontext():
             self.manual_backward(loss, inputs=parameters)
         if self.trainer.world_size > 1:
-            average_gradients(parameters, self.trainer.world_size)
+            stepping.average_gradients(parameters, self.trainer.world_size)
         taken = self._clip(parameters, self._clip_norm(self.trainer.gradient_clip_val))
         optimizer.step()
         plain.zero_grad(set_to_none=True)
@@ -349,53 +351,21 @@ class System(Weighted):
             self.lr_scheduler_step(scheduler, None)
         if self.trainer.world_size > 1:
             # DistributedDataParallel does so before a forward pass, but not without a backward pass of its own.
-            copy_buffers(self)
-
-    def _why_stopped(self) -> str:
-        """What a person needs to find the cause of gradients that are not finite; collective."""
-        step = self.trainer.global_step
-        find = getattr(getattr(self.trainer, "datamodule", None), "images_of_step", None)
-        images = [] if find is None else find(step)
-        bad = self._bad_images()
-        named = [image for image, is_bad in zip(images, bad, strict=False) if is_bad] or images
-        what = "images with non-finite losses" if any(bad) else "images of that step"
-        folder = f"{self.trainer.default_root_dir}/checkpoints/last.ckpt"
-        return (
-            f"gradients were not finite in {self.skipped_in_a_row} steps in a row, the last of them step {step}, at a "
-            f"learning rate of {self._rate:.3g}; {what}: {', '.join(map(str, named)) or 'not known'}; the weights of "
-            f"step {step - self.skipped_in_a_row} are in {folder}; lower the learning rate, or look at these images"
-        )
-
-    def _bad_images(self) -> list[bool]:
-        """Whether the loss of each image of the newest step was not finite, in the order of the step; collective."""
-        losses = [output["losses"] for output in self._outputs if "losses" in output]
-        if not losses:
-            return []
-        # Gathered by rank; in a step the order is micro-batch, rank, image.
-        by_rank = self.gather(torch.stack(losses).float()[None])
-        return cast(list[bool], (~by_rank.isfinite()).transpose(0, 1).flatten().tolist())
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Joins a tensor, (n, ...), with those of the other W - 1 processes: (W n, ...), by rank; collective."""
-        if self.trainer.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+            stepping.copy_buffers(self)
 
     # Validation and test
 
     def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        seed_step(self.seed, VALIDATION, self.global_rank, batch_idx)
+        stepping.seed_step(self.seed, stepping.VALIDATION, self.global_rank, batch_idx)
 
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        seed_step(self.seed, VALIDATION, self.global_rank, batch_idx)
+        stepping.seed_step(self.seed, stepping.VALIDATION, self.global_rank, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         count = len(batch["image"])
         if count:
             with self.averaged_weights():
-                for name, total in totals(self.losses(batch), count).items():
+                for name, total in stepping.totals(self.losses(batch), count).items():
                     self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from torch import Tensor
 
 from diffusion_lit.callbacks import EMA, Checkpoints
 from diffusion_lit.optimization import ImageWarmup, optimization
@@ -14,26 +13,9 @@ from tests import tiny
 from tests.tiny import last, load
 
 
-class Recorder(L.Callback):
-    """Keeps the raw weights after every optimiser step, in float64."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []
-
-    def record(self, module: L.LightningModule) -> None:
-        self.weights.append({n: p.detach().double().clone() for n, p in module.named_parameters()})
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.record(pl_module)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        if trainer.global_step == len(self.weights):
-            self.record(pl_module)
-
-
 @pytest.mark.parametrize("ramp_up", [0.5, None])
 def test_an_average_by_half_life_forgets_half_in_so_many_images(tmp_path: Path, ramp_up: float | None) -> None:
-    recorder, model = Recorder(), tiny.module()
+    recorder, model = tiny.Recorder(), tiny.module()
     ema = EMA([], half_lives=[60], ramp_up=ramp_up)
     tiny.trainer(tmp_path, 5, [ema, recorder, Checkpoints()]).fit(model, tiny.data())
     assert model.averages is not None

@@ -187,8 +187,10 @@ def test_mlflow_writes_to_the_run_directory_unless_a_server_is_given(uri: str | 
 
 @pytest.mark.parametrize("nothing", [True, False, None, []])
 def test_where_there_is_no_logger_there_is_nothing_to_fill_in(nothing: Any) -> None:
+    before = repr(nothing)
     fill_save_dir(nothing, "runs/a")
     clear_save_dir(nothing, "runs/a")
+    assert repr(nothing) == before
 
 
 @pytest.mark.parametrize(

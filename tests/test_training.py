@@ -39,23 +39,6 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(identical(a[name], b[name]) for name in STATE)
 
 
-class Recorder(L.Callback):
-    """Keeps the raw weights after every optimiser step, in float64."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []
-
-    def record(self, module: L.LightningModule) -> None:
-        self.weights.append({n: p.detach().double().clone() for n, p in module.named_parameters()})
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.record(pl_module)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        if trainer.global_step == len(self.weights):
-            self.record(pl_module)
-
-
 class Failure(Exception):
     """What goes wrong in a test."""
 
@@ -203,7 +186,7 @@ def test_averages_follow_the_recursion_over_the_weights_of_every_optimiser_step(
     tmp_path: Path, warmup: bool, accumulate: int
 ) -> None:
     decays = [0.999, 0.7]
-    recorder = Recorder()
+    recorder = tiny.Recorder()
     model = tiny.module()
     tiny.trainer(tmp_path, 5, [EMA(decays, warmup), recorder], accumulate_grad_batches=accumulate).fit(
         model, tiny.data()
@@ -251,7 +234,7 @@ def test_looking_at_the_model_does_not_change_its_training(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_holds_raw_and_averaged_weights_as_plain_data(tmp_path: Path) -> None:
-    recorder = Recorder()
+    recorder = tiny.Recorder()
     tiny.trainer(tmp_path, 3, [EMA([0.5]), recorder, Checkpoints()]).fit(tiny.module(), tiny.data())
     checkpoint = load(last(tmp_path))
     expected = recorder.weights[0]
@@ -283,7 +266,7 @@ def test_an_error_in_validation_leaves_the_raw_weights_in_the_model(tmp_path: Pa
                 raise Failure
             return super().losses(batch)
 
-    recorder = Recorder()
+    recorder = tiny.Recorder()
     model = Fails(tiny.network(), optimizer=tiny.optimizer)
     callbacks = [EMA([0.5]), recorder, Checkpoints()]
     with pytest.raises(Failure):
@@ -398,7 +381,7 @@ def test_training_works_without_averages(tmp_path: Path) -> None:
 def test_every_parameterization_trains_two_batches_under_every_weighting(
     tmp_path: Path, parameterization: Parameterization, weighting: Weighting
 ) -> None:
-    recorder = Recorder()
+    recorder = tiny.Recorder()
     model = tiny.module(parameterization=parameterization, objective=DenoisingLoss(weighting))
     tiny.trainer(tmp_path, 2, [recorder], logger=False).fit(model, tiny.data())
     assert all(p.isfinite().all() for p in model.parameters())
@@ -489,6 +472,7 @@ def test_an_empty_test_batch_counts_for_nothing(tmp_path: Path) -> None:
     model = tiny.module()
     model.test_step({"image": torch.zeros(0, 1, 8, 8)}, 0)
     model.validation_step({"image": torch.zeros(0, 1, 8, 8)}, 0)
+    assert model._totals == {}
 
 
 def test_data_of_another_shape_are_refused_before_anything_is_kept(tmp_path: Path) -> None:

@@ -177,3 +177,20 @@ def identical(a: object, b: object) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(identical, a, b))
     return type(a) is type(b) and a == b
+
+
+class Recorder(L.Callback):
+    """Keeps the raw weights after every optimiser step, in float64."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def record(self, module: L.LightningModule) -> None:
+        self.weights.append({n: p.detach().double().clone() for n, p in module.named_parameters()})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.record(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step == len(self.weights):
+            self.record(pl_module)

@@ -7,7 +7,7 @@ already is not computed again.
 import csv
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -135,6 +135,17 @@ class Line(Table):
     @abstractmethod
     def place(self, row: str) -> float | None:
         """The number of a row on the axis; None: the row is drawn as a level."""
+
+
+@contextmanager
+def changed(part: Any, name: str, value: float) -> Iterator[None]:
+    """A context in which an attribute of a part has another value."""
+    before = getattr(part, name)
+    setattr(part, name, value)
+    try:
+        yield
+    finally:
+        setattr(part, name, before)
 
 
 def loaded_from(generator: Generator) -> Path:

@@ -1,7 +1,7 @@
 """The tables there are: DDIM's, every sampler, averages of the weights, training steps, guidance scales."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from diffusion_lit.diffusion import (
     Quadratic,
     Sampler,
 )
-from diffusion_lit.evaluation.table import Cell, Filled, Line, Table, draw_rows
+from diffusion_lit.evaluation.table import Cell, Filled, Line, Table, changed, draw_rows
 from diffusion_lit.generator import Generator
 from diffusion_lit.records import describe
 
@@ -274,15 +274,8 @@ class GuidanceTable(Line):
                 "configs/digits_cfg.yaml for example"
             )
 
-    @contextmanager
-    def applied(self, cell: Cell, generator: Generator) -> Iterator[None]:
-        guidance: Any = generator.guidance
-        before = guidance.scale
-        guidance.scale = float(cell.row)
-        try:
-            yield
-        finally:
-            guidance.scale = before
+    def applied(self, cell: Cell, generator: Generator) -> AbstractContextManager[None]:
+        return changed(generator.guidance, "scale", float(cell.row))
 
     def place(self, row: str) -> float | None:
         return float(row)

@@ -1,11 +1,11 @@
 """A table of scores over lambda."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from diffusion_lit.evaluation.table import Cell, Filled, Line
+from diffusion_lit.evaluation.table import Cell, Filled, Line, changed
 from diffusion_lit.generator import Generator
 
 
@@ -31,15 +31,8 @@ class LambdaTable(Line):
     def cells(self, checkpoint: Path) -> list[Cell]:
         return [Cell(str(steps), "score") for steps in self.lambdas]
 
-    @contextmanager
-    def applied(self, cell: Cell, generator: Generator) -> Iterator[None]:
-        detector: Any = generator.detector
-        before = detector.lambda_steps
-        detector.lambda_steps = int(cell.row)
-        try:
-            yield
-        finally:
-            detector.lambda_steps = before
+    def applied(self, cell: Cell, generator: Generator) -> AbstractContextManager[None]:
+        return changed(generator.detector, "lambda_steps", int(cell.row))
 
     def place(self, row: str) -> float | None:
         return float(row)
