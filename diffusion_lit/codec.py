@@ -2,7 +2,11 @@
 
 from abc import ABC, abstractmethod
 
+import lightning.pytorch as L
+import torch
 from torch import Tensor
+
+from diffusion_lit.types import Batch
 
 Shape = tuple[int, int, int]
 
@@ -26,6 +30,18 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images, (B, C, H, W), nominally in [-1, 1], of latents, (B, C', H', W')."""
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Latents, (B, C', H', W'), to train on; a codec may take stored ones from the batch instead of its images."""
+        return self.encode(batch["image"])
+
+    def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:  # noqa: B027
+        """Called once before a new run, on every process, such as to measure the scale of latents.
+
+        Args:
+            data: What will be trained on.
+            device: Where this process trains.
+        """
 
     @abstractmethod
     def latent_shape(self, image_shape: Shape) -> Shape:

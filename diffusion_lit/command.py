@@ -1,5 +1,6 @@
 """A command as it was typed, and the configuration that it makes with its files."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from diffusion_lit.configuration import Merge
 from diffusion_lit.parts import Slot, fits, import_part, signature
 from diffusion_lit.recipes import Layer, layers
+
+SEVERAL = ("prompts",)
+"""Options that take several words: --prompts "a three" "a seven"."""
 
 
 @dataclass
@@ -78,6 +82,11 @@ def parse(args: Sequence[str], names: Sequence[str]) -> Command:
             if not words or re.match(r"--[A-Za-z]|-[a-z]$", words[0]):
                 raise ValueError(f"--{key} needs a value: --{key} VALUE")
             value = words.pop(0)
+        if key in SEVERAL and not value.startswith("["):
+            texts = [value]
+            while words and not words[0].startswith("--"):
+                texts.append(words.pop(0))
+            value = json.dumps(texts)
         if key == "config":
             command.files.append(value)
         elif key == "trust":

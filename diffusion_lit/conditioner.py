@@ -2,24 +2,36 @@
 
 from abc import ABC, abstractmethod
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.codec import Codec
 from diffusion_lit.types import Condition
 
 
 class Conditioner(nn.Module, ABC):
     """Turns the entries of a batch other than its images into the condition of a network.
 
-    It also drops conditions in training, so that one network learns to predict with and without them.
+    It also drops conditions in training, so that one network learns to predict with and without them. It may have
+    weights, which are trained and averaged with the network's; a network that is used but not trained is `Frozen`.
+
+    Attributes:
+        entries: Entries of an example that it cannot do without, other than its label.
+        num_classes: Number of classes, if the conditioner and not the network knows them.
     """
 
+    entries: tuple[str, ...] = ()
+    num_classes: int | None = None
+
     @abstractmethod
-    def forward(self, given: Condition) -> Condition:
-        """Computes the condition.
+    def forward(self, given: Condition, codec: Codec) -> Condition:
+        """Computes the condition; called once per batch in training, and once per image in sampling.
 
         Args:
-            given: Entries of a batch, each (B, ...); entries that this conditioner does not use are ignored.
+            given: Entries of a batch, each (B, ...), `image` among them in training; entries that this conditioner
+                does not use are ignored.
+            codec: Of the model, for conditions that are images and are given to the network as latents.
 
         Returns:
             Inputs of the network, each (B, ...). In training mode some examples have the null condition.
@@ -35,6 +47,23 @@ class Conditioner(nn.Module, ABC):
 
     def check(self, network: nn.Module) -> None:
         """Raises ValueError if the network cannot take these conditions."""
+
+    def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:
+        """Called once before a new run, on every process, such as to learn a vocabulary.
+
+        Args:
+            data: What will be trained on.
+            device: Where this process trains.
+        """
+
+    def finish(self, images: Tensor, given: Condition) -> Tensor:
+        """Puts into generated images what the condition says of them, such as known pixels; by default nothing.
+
+        Args:
+            images: (B, C, H, W), nominally in [-1, 1].
+            given: What they show, as for `forward`.
+        """
+        return images
 
 
 class Labels(Conditioner):
@@ -55,7 +84,7 @@ class Labels(Conditioner):
             raise ValueError(f"conditioner.dropout={dropout} must lie in [0, 1); 0.1 is usual for guidance")
         self.dropout = dropout
 
-    def forward(self, given: Condition) -> Condition:
+    def forward(self, given: Condition, codec: Codec) -> Condition:
         if "label" not in given:
             return {}
         label: Tensor = given["label"]

@@ -1,34 +1,22 @@
-"""The base of every system that makes images, and which process makes which of them."""
+"""The base of every system that makes images."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypedDict
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from diffusion_lit.data import ImageData
 from diffusion_lit.diffusion import Gaussian, ImageNoise, Sampler
 from diffusion_lit.images import to_uint8
 from diffusion_lit.lightning import attached_trainer
 from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.records import NonFinite
+from diffusion_lit.requests import Conditions, Examples, Given, Request
 from diffusion_lit.system import System
 from diffusion_lit.types import Condition, StepFn
-
-
-class Request(TypedDict):
-    """One batch of images to generate.
-
-    Attributes:
-        index: Which images, int64, (B,); indices beyond the number asked for only fill the batch.
-        seed: Of the noise.
-        condition: What each image shows, (B, ...) each; empty: the generator's own choice.
-    """
-
-    index: Tensor
-    seed: int
-    condition: Condition
 
 
 class Generated(TypedDict):
@@ -37,74 +25,6 @@ class Generated(TypedDict):
     index: Tensor
     image: Tensor
     condition: Condition
-
-
-class Requests(Dataset[Request]):
-    """Images 0 .. num_images - 1 in batches of one size; the last is filled up with further images.
-
-    Batch b holds images b * batch_size and following, whatever the number of processes, so that the arithmetic of
-    every image is the same with one process and with many.
-
-    Args:
-        num_images: At least 1.
-        batch_size: Images made at once by one process, at least 1.
-        conditions: N conditions, (N, ...) each; image i shows that of i modulo N. Empty: the generator's own choice.
-        seed: Of the noise.
-        section: Of the configuration that the numbers are from, for messages.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        conditions: Condition | None = None,
-        seed: int = 0,
-        section: str | None = None,
-    ) -> None:
-        prefix = "" if section is None else f"{section}."
-        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{prefix}{name}={value} must be at least 1")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"{prefix}seed={seed} must lie in 0 .. 2^64 - 1")
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.conditions = dict(conditions or {})
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return -(-self.num_images // self.batch_size)
-
-    def __getitem__(self, batch: int) -> Request:
-        """Batch `batch`; that of number `len(self)` is empty, for processes that have no other."""
-        if not 0 <= batch <= len(self):
-            raise IndexError(f"batch {batch} of {len(self)}")
-        start = batch * self.batch_size
-        index = torch.arange(start, start + (self.batch_size if batch < len(self) else 0))
-        return {"index": index, "seed": self.seed, "condition": choose_conditions(self.conditions, index)}
-
-    def share(self, rank: int, world_size: int) -> range:
-        """The batches of one of `world_size` processes; there may be none."""
-        return range(rank, len(self), world_size)
-
-    def batches(self, rank: int, world_size: int) -> Iterator[tuple[Request, int]]:
-        """The batches of one process, each with the number of its images that were asked for."""
-        for batch in self.share(rank, world_size):
-            yield self[batch], min(self.batch_size, self.num_images - batch * self.batch_size)
-
-    def loader(self, rank: int, world_size: int) -> DataLoader[Request]:
-        """A data loader over the batches of one process; where it has none, over an empty one."""
-        return DataLoader(
-            self, batch_size=None, sampler=self.share(rank, world_size) or range(len(self), len(self) + 1)
-        )
-
-
-def choose_conditions(conditions: Condition, index: Tensor) -> dict[str, Tensor]:
-    """The condition of each image: of N conditions, image i has that of i modulo N."""
-    return {name: values[index % len(values)] for name, values in conditions.items()}
 
 
 class Generator(System):
@@ -152,12 +72,35 @@ class Generator(System):
         """Noise of images, a function of (seed, index, number of the draw)."""
         return Gaussian().images(seed, indices, self.image_shape, self.device)
 
-    def conditions(self) -> Condition:
-        """What images show by default: image i has condition i modulo N of these N, (N, ...) each."""
-        if self.num_classes is None:
-            return {}
-        trained = self.num_classes if self.class_names is None else len(self.class_names)
-        return {"label": torch.arange(min(self.num_classes, trained))}
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Entries of an example that images depend on, other than its label; (): none."""
+        return ()
+
+    def conditions(self, data: L.LightningDataModule | None = None, testing: bool = False) -> Conditions:
+        """What images show by default: every class in turn, or what examples of the data show.
+
+        Args:
+            data: Where examples are taken from; None: from the data of the trainer, if there is one.
+            testing: Whether test images go before validation images.
+
+        Raises:
+            ValueError: If images depend on examples and there are no data, or data without them.
+        """
+        if not self.entries:
+            if self.num_classes is None:
+                return Given({})
+            trained = self.num_classes if self.class_names is None else len(self.class_names)
+            return Given({"label": torch.arange(min(self.num_classes, trained))})
+        trainer = attached_trainer(self)
+        if data is None and trainer is not None:
+            data, testing = getattr(trainer, "datamodule", None), trainer.testing
+        if not isinstance(data, ImageData):
+            raise ValueError(
+                f"the {type(self).__name__} makes images from {' and '.join(self.entries)}: say which, or give --data "
+                "to take them from"
+            )
+        return Examples(data, [*self.entries, *([] if self.num_classes is None else ["label"])], testing)
 
     def sample(
         self,
@@ -191,7 +134,7 @@ class Generator(System):
         if not len(indices):
             return torch.empty(0, *self.image_shape, device=self.device)
         index = torch.tensor(indices)
-        given = choose_conditions(self.conditions(), index) if condition is None else condition
+        given = self.conditions()(index) if condition is None else condition
 
         def work(chosen: slice, part: int, num_parts: int) -> Tensor:
             return self.generate(
@@ -211,7 +154,7 @@ class Generator(System):
     _at_once: int | None = None
 
     def predict_step(self, batch: Request, batch_idx: int) -> Generated:
-        condition = batch["condition"] or choose_conditions(self.conditions(), batch["index"].cpu())
+        condition = batch["condition"] or self.conditions()(batch["index"].cpu())
         trainer = attached_trainer(self)
         bar = None if trainer is None else trainer.progress_bar_callback
         with self.averaged_weights():
@@ -246,39 +189,3 @@ def check_labels(labels: Tensor, num_classes: int | None) -> None:
         raise ValueError(
             f"labels: {int(wrong[0])} must lie in 0 .. {num_classes - 1}, the model's {num_classes} classes"
         )
-
-
-def parse_labels(
-    labels: str | Sequence[int] | None, per_class: int | None, num_classes: int | None, class_names: Sequence[str] = ()
-) -> list[int] | None:
-    """Which classes to generate, in order; None: none in particular.
-
-    Args:
-        labels: Classes one after the other, "3,3,7", "frog,7" or numbers.
-        per_class: Instead, this many images of every class, class by class.
-        num_classes: The model's; None if it is unconditional.
-        class_names: Names that may stand for numbers, in the order of the classes.
-
-    Raises:
-        ValueError: If both are given, something is no class or out of range, or the model is unconditional.
-    """
-    if labels is None and per_class is None:
-        return None
-    if labels is not None and per_class is not None:
-        raise ValueError(f"labels={labels} and per_class={per_class} exclude each other; give one of them")
-    if per_class is not None:
-        if per_class < 1:
-            raise ValueError(f"per_class={per_class} must be at least 1")
-        check_labels(torch.zeros(0), num_classes)
-        return [label for label in range(num_classes or 0) for _ in range(per_class)]
-    words = [word.strip() for word in labels.strip("[] ").split(",")] if isinstance(labels, str) else labels or []
-    known: Mapping[str, int] = {name: number for number, name in enumerate(class_names)}
-    try:
-        numbers = [known[word] if word in known else int(word) for word in words]  # type: ignore[index]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        names = f"; its classes are {', '.join(list(class_names)[:20])}" if class_names else ""
-        raise ValueError(f"labels={labels!r} must be classes between commas, such as --labels 3,3,7{names}")
-    check_labels(torch.tensor(numbers), num_classes)
-    return numbers

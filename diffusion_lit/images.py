@@ -1,6 +1,7 @@
 """Between 8-bit images and the model's range, and images on disk."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,17 @@ from torch import Tensor
 def from_uint8(image: Tensor) -> Tensor:
     """Maps 8-bit images, (B, C, H, W), linearly to float32 in [-1, 1]: 0 to -1 and 255 to 1."""
     return image.float() / 127.5 - 1.0
+
+
+def scaled(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries of a batch as a model takes them: 8-bit `image` and `low_res` in [-1, 1], `mask` float, others as is."""
+    ready = dict(batch)
+    for name in ("image", "low_res"):
+        if name in ready and ready[name].dtype == torch.uint8:
+            ready[name] = from_uint8(ready[name])
+    if "mask" in ready:
+        ready["mask"] = ready["mask"].float()
+    return ready
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -110,9 +110,14 @@ class DiffusionModule(Generator):
 
     @property
     def num_classes(self) -> int | None:
-        """Of the network or of its guidance; None: the model is unconditional."""
-        own = num_classes_of(self.denoiser.network)
-        return own if own is not None or self.guidance is None else self.guidance.num_classes
+        """Of the network, the conditioner or the guidance; None: the model cannot be asked for classes."""
+        guided = None if self.guidance is None else self.guidance.num_classes
+        own = num_classes_of(self.denoiser.network), self.conditioner.num_classes, guided
+        return next((number for number in own if number is not None), None)
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return self.conditioner.entries
 
     def execute(self, execution: Execution) -> None:
         self.denoiser.run = execution.of(self.denoiser.network)
@@ -124,17 +129,26 @@ class DiffusionModule(Generator):
         self.objective.begin(self.denoiser)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        given = {name: cast(Tensor, value) for name, value in batch.items() if name != "image"}
-        if num_classes_of(self.denoiser.network) is not None and "label" not in given:
+        given = cast(dict[str, Tensor], batch)
+        missing = [name for name in self.entries if name not in given]
+        if missing:
+            raise ValueError(
+                f"{type(self.conditioner).__name__} needs {' and '.join(missing)}, which the data lack; choose a "
+                "--data.source that has it"
+            )
+        classes = num_classes_of(self.denoiser.network) or self.conditioner.num_classes
+        if classes is not None and "label" not in given:
             raise ValueError(
                 f"{type(self.denoiser.network).__name__} has classes but the data have no labels; choose data with "
                 "classes (a folder with one sub-folder per class), or a network without num_classes"
             )
         with torch.no_grad():
-            x0 = self.codec.encode(batch["image"])
-        return self.objective(self.denoiser, x0, self.conditioner(given), self.noise_source)
+            x0 = self.codec.latents(batch)
+        return self.objective(self.denoiser, x0, self.conditioner(given, self.codec), self.noise_source)
 
-    def start(self) -> None:
+    def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:
+        self.codec.start(data, device)
+        self.conditioner.start(data, device)
         self.objective.start(self.denoiser)
 
     def learn(self, outputs: Sequence[Mapping[str, Tensor]]) -> None:
@@ -189,7 +203,7 @@ class DiffusionModule(Generator):
         """
         if "label" in condition:
             check_labels(condition["label"], self.num_classes)
-        given = self.conditioner({name: value.to(self.device) for name, value in condition.items()})
+        given = self.conditioner({name: value.to(self.device) for name, value in condition.items()}, self.codec)
         if self.guidance is None:
             return self.denoiser.bind(given)
         return self.guidance(self.denoiser, given, self.conditioner)
@@ -199,7 +213,12 @@ class DiffusionModule(Generator):
     ) -> Tensor:
         sampler = sampler or self.sampler
         latents = sampler(self.bind(condition), noise.draw(), self.process, noise.draw, on_step)
-        return self.codec.decode(latents)
+        return self.finished(latents, condition)
+
+    def finished(self, latents: Tensor, condition: Condition) -> Tensor:
+        """Decodes latents, (B, C', H', W'), and has the conditioner put in what the condition says of the images."""
+        images = self.codec.decode(latents)
+        return self.conditioner.finish(images, {name: value.to(images.device) for name, value in condition.items()})
 
     def invert(self, images: Tensor, sampler: DDIM, condition: Condition | None = None) -> Tensor:
         """The noise that a deterministic sampler would turn into these images.

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from diffusion_lit import stepping
 from diffusion_lit.execution import Execution
 from diffusion_lit.optimization import named_errors, optimization
-from diffusion_lit.types import Batch
+from diffusion_lit.types import Batch, batch_size
 from diffusion_lit.weights import Weighted
 
 
@@ -97,8 +97,13 @@ class System(Weighted):
             scalars are logged as they are.
         """
 
-    def start(self) -> None:
-        """Called once before a new run, not when one continues; the weights may still be changed here."""
+    def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:
+        """Called once before a new run, not when one continues, on every process; the weights may still be changed.
+
+        Args:
+            data: What will be trained on.
+            device: Where this process trains; the system is still on the CPU.
+        """
 
     def learn(self, outputs: Sequence[Mapping[str, Tensor]]) -> None:
         """Called once after each whole step that was not skipped, before the averages move.
@@ -362,7 +367,7 @@ class System(Weighted):
         stepping.seed_step(self.seed, stepping.VALIDATION, self.global_rank, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        count = len(batch["image"])
+        count = batch_size(batch)
         if count:
             with self.averaged_weights():
                 for name, total in stepping.totals(self.losses(batch), count).items():

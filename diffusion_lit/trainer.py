@@ -4,14 +4,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
 
 from diffusion_lit.callbacks.checkpoints import save
 from diffusion_lit.callbacks.image_writer import ImageWriter
@@ -28,14 +26,15 @@ from diffusion_lit.checkpoint import (
     run_of,
     tidy,
 )
+from diffusion_lit.edit import Edit, Edited
 from diffusion_lit.execution import Execution
-from diffusion_lit.generator import Generator, Request, Requests, parse_labels
+from diffusion_lit.generator import Generator
 from diffusion_lit.lightning import PluginInput, disable_sigterm_broadcast, set_process_timeout, set_signal_connector
 from diffusion_lit.locks import locked
 from diffusion_lit.loggers import bind_loggers, resume_loggers
+from diffusion_lit.prediction import Generation, asked_conditions, asked_requests, make_room
 from diffusion_lit.system import System
 
-BATCH = 64
 LOCK_PATIENCE = 60.0
 """Seconds that a run waits for another one in its directory, which may be ending."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -142,7 +141,7 @@ class Trainer(L.Trainer):
             if ckpt_path is None and init_from is not None:
                 initialize(model, init_from)
             if ckpt_path is None and isinstance(model, System):
-                model.start()
+                model.start(datamodule, self.strategy.root_device)
             before = {"curves": 0} if start is None else start[1]
             state = {name: before[name] for name in ("curves", "wandb") if name in before}
             resume_loggers(self, before.get("global_step", 0), state)
@@ -224,12 +223,15 @@ class Trainer(L.Trainer):
         npz: bool = True,
         labels: str | list[int] | None = None,
         per_class: int | None = None,
+        prompts: list[str] | None = None,
+        prompts_file: str | None = None,
+        edit: Edit | None = None,
     ) -> None:
         """Generates images: a folder of PNG files, and a grid and an .npz beside it; or what else a system predicts.
 
         Args:
             model: The model.
-            datamodule: For systems that predict something of images; generators do not use it.
+            datamodule: For systems that predict something of images, and for generators that make them from examples.
             ckpt_path: The checkpoint to draw from.
             weights: "averaged", "raw", or the decay of a further average.
             num_images: How many images; by default as many as labels ask for, else 64.
@@ -241,12 +243,20 @@ class Trainer(L.Trainer):
             labels: Classes, such as 3,3,7: image i shows the i-th, and after the last the first again. By default, of a
                 model with classes, image i shows class i modulo their number.
             per_class: Instead of labels, so many images of every class, class by class; the grid has one row a class.
+            prompts: Texts, for models that take them: image i shows the i-th.
+            prompts_file: Instead, a file with one text on each line.
+            edit: Another way to make images with the same model.
 
         Raises:
             ValueError: If a number is out of range, the model has no such class or `out` cannot be written to.
         """
         with held_weights(model, ckpt_path, weights):
-            requests = self._requests(model, num_images, batch_size, seed, labels, per_class)
+            if edit is not None:
+                model = Edited.of(model, edit)
+            conditions = asked_conditions(model, labels, per_class, prompts, prompts_file)
+            if conditions is None and isinstance(model, Generator) and model.entries:
+                conditions = model.conditions(datamodule)
+            requests = asked_requests(conditions, num_images, batch_size, seed)
             source = "" if ckpt_path is None else f"{Path(ckpt_path).stem}_"
             default = Path(self.default_root_dir) / "predictions" / f"{source}seed_{seed}"
             directory = default if out is None else Path(out)
@@ -265,26 +275,6 @@ class Trainer(L.Trainer):
                 super().predict(model, datamodule=batches, return_predictions=False)
             finally:
                 callbacks.remove(writer)
-
-    def _requests(
-        self,
-        model: L.LightningModule,
-        num_images: int | None,
-        batch_size: int | None,
-        seed: int,
-        labels: str | list[int] | None,
-        per_class: int | None,
-    ) -> Requests:
-        num_classes = model.num_classes if isinstance(model, Generator) else None
-        names = (model.class_names or ()) if isinstance(model, Generator) else ()
-        asked = parse_labels(labels, per_class, num_classes, names)
-        conditions = {} if asked is None else {"label": torch.tensor(asked)}
-        if num_images is None:
-            num_images = BATCH if asked is None else len(asked)
-        if batch_size is None:
-            num_batches = -(-num_images // BATCH) or 1
-            batch_size = max(-(-num_images // num_batches), 1)
-        return Requests(num_images, batch_size, conditions, seed)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
@@ -330,39 +320,6 @@ def held_weights(model: L.LightningModule, ckpt_path: str | None, weights: str) 
         yield
     else:
         raise ValueError(f"a {type(model).__name__} is no System, whose weights can be chosen from a checkpoint")
-
-
-class Generation(L.LightningDataModule):
-    """Gives every process its requests, once it knows which process it is.
-
-    Args:
-        requests: What all processes are going to generate.
-    """
-
-    def __init__(self, requests: Requests) -> None:
-        super().__init__()
-        self.requests = requests
-
-    def predict_dataloader(self) -> DataLoader[Request]:
-        trainer = cast(L.Trainer, self.trainer)
-        return self.requests.loader(trainer.global_rank, trainer.world_size)
-
-
-def make_room(directory: Path, replace: bool) -> None:
-    """Keeps images of two predictions apart.
-
-    Args:
-        directory: Where images are written.
-        replace: Whether images there may be removed; else they are an error.
-
-    Raises:
-        ValueError: If there are images that may not be removed.
-    """
-    there = sorted(directory.glob("[0-9]" * 6 + ".png"))
-    if there and not replace:
-        raise ValueError(f"{directory} holds {len(there)} images already; choose another directory with --out")
-    for path in there:
-        path.unlink()
 
 
 def require_writable(directory: Path) -> None:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NotRequired, TypeAlias, TypedDict
+from typing import NotRequired, TypeAlias, TypedDict, cast
 
 from torch import Tensor, nn
 
@@ -14,20 +14,25 @@ class Batch(TypedDict):
     Attributes:
         image: Images, (B, C, H, W); uint8 from the data set, float in [-1, 1] on the device.
         label: Class indices, int64, (B,).
-        tokens: Token indices or embeddings of a text, (B, ...).
+        caption: Texts as UTF-8 bytes, uint8 (B, L): see `diffusion_lit.text`.
         map: Spatial condition such as a segmentation map, (B, ..., H, W).
-        low_res: Low-resolution images, (B, C, h, w).
-        mask: Mask of the known pixels, (B, 1, H, W).
+        low_res: Low-resolution images, (B, C, h, w); scaled as `image` is.
+        mask: 1 where pixels are known and 0 in holes, (B, 1, H, W).
         flip: Images to mirror, bool, (B,); in training batches only.
     """
 
     image: Tensor
     label: NotRequired[Tensor]
-    tokens: NotRequired[Tensor]
+    caption: NotRequired[Tensor]
     map: NotRequired[Tensor]
     low_res: NotRequired[Tensor]
     mask: NotRequired[Tensor]
     flip: NotRequired[Tensor]
+
+
+def batch_size(batch: Mapping[str, object]) -> int:
+    """Number of examples, B, in a batch."""
+    return min(len(cast(Tensor, entry)) for entry in batch.values())
 
 
 Condition: TypeAlias = Mapping[str, Tensor]

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion_lit.codec import Pixels
 from diffusion_lit.conditioner import Labels
 
 
@@ -14,27 +15,27 @@ class Network(nn.Module):
 def test_labels_pass_the_labels_alone() -> None:
     label = torch.arange(5)
     for given in ({"label": label}, {"label": label, "flip": label > 2}):
-        condition = Labels(0.5).eval()(given)
+        condition = Labels(0.5).eval()(given, Pixels())
         assert list(condition) == ["label"]
         assert torch.equal(condition["label"], label)
-    assert Labels(0.5)({"flip": label > 2}) == {}
+    assert Labels(0.5)({"flip": label > 2}, Pixels()) == {}
 
 
 def test_labels_are_dropped_with_the_given_probability_in_training_only() -> None:
     label = torch.arange(20_000)
     conditioner = Labels(0.1)
     torch.manual_seed(0)
-    found = conditioner({"label": label})["label"]
+    found = conditioner({"label": label}, Pixels())["label"]
     dropped = found == -1
     assert dropped.double().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(found[~dropped], label[~dropped])
     assert torch.equal(label, torch.arange(20_000))
-    assert torch.equal(conditioner.eval()({"label": label})["label"], label)
+    assert torch.equal(conditioner.eval()({"label": label}, Pixels())["label"], label)
 
 
 def test_without_dropout_no_random_number_is_drawn() -> None:
     state = torch.get_rng_state()
-    Labels()({"label": torch.arange(3)})
+    Labels()({"label": torch.arange(3)}, Pixels())
     assert torch.equal(torch.get_rng_state(), state)
 
 

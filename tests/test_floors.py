@@ -7,15 +7,17 @@ import pytest
 
 PACKAGE = "diffusion_lit"
 FLOORS: list[set[str]] = [
-    {"types", "lightning", "upgrade", "codec", "averaging", "execution", "optimization", "stepping", "parts", "locks"},
-    {"frozen", "images", "memory", "conditioner", "recipes", "configuration"},
+    {"types", "text", "lightning", "upgrade", "averaging", "execution", "optimization", "stepping", "parts", "locks"},
+    {"codec", "frozen", "images", "memory", "recipes", "configuration"},
+    {"conditioner"},
     {"records", "command"},
     {"data", "metrics", "networks", "diffusion"},
     {"checkpoint", "loggers"},
-    {"weights"},
+    {"weights", "requests"},
     {"system"},
     {"generator"},
-    {"module"},
+    {"module", "prediction"},
+    {"edit"},
     {"callbacks"},
     {"evaluation"},
     {"sections"},

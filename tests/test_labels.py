@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion import DDIM, ClassifierFree, ClassifierGuidance, DiscreteProcess
-from diffusion_lit.generator import Requests, parse_labels
 from diffusion_lit.module import DiffusionModule
+from diffusion_lit.prediction import parse_labels
+from diffusion_lit.requests import Given, Requests
 from diffusion_lit.trainer import Trainer
 from diffusion_lit.types import Condition, Network, TimeDependentClassifier
 
@@ -70,7 +71,7 @@ def test_a_list_of_labels_goes_round_and_a_count_per_class_goes_class_by_class()
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_label_of_an_image_does_not_depend_on_the_batch(batch_size: int) -> None:
-    requests = Requests(7, batch_size, {"label": torch.tensor([3, 3, 7])})
+    requests = Requests(7, batch_size, Given({"label": torch.tensor([3, 3, 7])}))
     pairs = {
         int(i): int(label)
         for request in map(requests.__getitem__, range(len(requests)))

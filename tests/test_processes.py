@@ -26,11 +26,11 @@ from diffusion_lit.data import Digits, ImageData
 from diffusion_lit.data.dataset import ImageDataset, InMemoryImages, Split
 from diffusion_lit.diffusion import Denoiser, Gaussian, NoiseSource, Objective, UniformTimes
 from diffusion_lit.evaluation import Evaluation, Likelihood
-from diffusion_lit.generator import Requests
 from diffusion_lit.images import from_uint8, to_uint8
 from diffusion_lit.metrics import KID, FrechetDistance, Pixels, PrecisionRecall
 from diffusion_lit.networks import ConvClassifier
 from diffusion_lit.records import RESULTS, read_records
+from diffusion_lit.requests import Requests
 from diffusion_lit.system import System
 from diffusion_lit.types import Batch, Condition
 from tests import tiny

@@ -10,10 +10,11 @@ from PIL import Image
 
 from diffusion_lit.conditioner import Labels
 from diffusion_lit.data import Folder, ImageData
-from diffusion_lit.generator import Requests
 from diffusion_lit.methods.feature_network import FeatureNetworkModule
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet, ConvClassifier
+from diffusion_lit.prediction import asked_requests
+from diffusion_lit.requests import Requests
 from tests import forked, tiny
 
 
@@ -50,7 +51,7 @@ def test_fewer_classes_in_the_data_are_said_and_only_these_are_shown(tmp_path: P
     system = conditional(10)
     with pytest.warns(UserWarning, match=r"num_classes=10 but the data have only 3 classes \(a, b, c\)"):
         tiny.trainer(tmp_path / "run", 1).fit(system, folder(tmp_path / "data"))
-    assert system.conditions()["label"].tolist() == [0, 1, 2]
+    assert system.conditions()(torch.arange(3))["label"].tolist() == [0, 1, 2]
     assert tiny.load(tiny.last(tmp_path / "run"))["class_names"] == ["a", "b", "c"]
 
 
@@ -97,8 +98,8 @@ def test_a_checkpoint_of_another_run_does_not_continue_in_a_directory_that_holds
 
 
 @pytest.mark.parametrize(("asked", "batches"), [(4, [4]), (64, [64]), (100, [50, 50]), (129, [43, 43, 43])])
-def test_as_many_images_are_made_as_are_asked_for(tmp_path: Path, asked: int, batches: list[int]) -> None:
-    requests = tiny.trainer(tmp_path)._requests(tiny.module(), asked, None, 0, None, None)
+def test_as_many_images_are_made_as_are_asked_for(asked: int, batches: list[int]) -> None:
+    requests = asked_requests(None, asked, None, 0)
     assert [len(requests[i]["index"]) for i in range(len(requests))] == batches
 
 

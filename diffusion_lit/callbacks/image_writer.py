@@ -11,19 +11,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, PngImagePlugin
 
 from diffusion_lit.callbacks.progress import ProgressBar, sampling_bar
-from diffusion_lit.generator import Generated, Requests
+from diffusion_lit.generator import Generated
 from diffusion_lit.images import save_png, tile, to_pil
 from diffusion_lit.metrics.files import whole_file
+from diffusion_lit.requests import Requests
+from diffusion_lit.text import decode_text
 
 GRID = 100
 
 
 class ImageWriter(L.Callback):
-    """Writes image i to <directory>/<i>.png, on the process that made it; a label is kept inside the file.
+    """Writes image i to <directory>/<i>.png, on the process that made it; a label or caption is kept inside the file.
 
-    The folder holds nothing else, so that other programs can score it. At the end the first process gathers the images
-    beside it: <directory>.npz in the form that OpenAI's evaluator reads (arr_0 uint8 (N, H, W, C), arr_1 labels where
-    there are any) and <directory>_grid.png of the first 100.
+    The folder holds nothing else, but for captions as <i>.txt, so that other programs can score it. At the end the
+    first process gathers the images beside it: <directory>.npz in the form that OpenAI's evaluator reads (arr_0 uint8
+    (N, H, W, C), arr_1 labels where there are any) and <directory>_grid.png of the first 100.
 
     Args:
         directory: Where to; made if it is not there.
@@ -51,12 +53,16 @@ class ImageWriter(L.Callback):
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: object) -> None:
         generated = cast(Generated, outputs)
-        labels = generated["condition"].get("label")
+        labels, captions = (generated["condition"].get(name) for name in ("label", "caption"))
+        texts = None if captions is None else decode_text(captions)
         for row, index in enumerate(generated["index"].tolist()):
             if index < self.requests.num_images:
                 text = PngImagePlugin.PngInfo()
                 if labels is not None:
                     text.add_text("label", str(int(labels[row])))
+                if texts is not None:
+                    text.add_itxt("caption", texts[row])
+                    self.path(index).with_suffix(".txt").write_text(texts[row] + "\n")
                 to_pil(generated["image"][row]).save(self.path(index), pnginfo=text)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

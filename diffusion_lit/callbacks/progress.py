@@ -8,7 +8,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
-from diffusion_lit.generator import Requests
+from diffusion_lit.requests import Requests
 from diffusion_lit.types import StepFn
 
 FORMAT = "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total} images [{rate_noinv_fmt}, {remaining} left]"

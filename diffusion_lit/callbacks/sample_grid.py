@@ -10,9 +10,10 @@ from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.diffusion import DDIM, Sampler
-from diffusion_lit.generator import Generator, Requests
+from diffusion_lit.generator import Generator
 from diffusion_lit.images import save_png, tile, to_uint8
 from diffusion_lit.loggers import log_image
+from diffusion_lit.requests import Requests
 
 
 class SampleGrid(L.Callback):

@@ -2,13 +2,14 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusion_lit.text import stack_texts
 from diffusion_lit.types import Batch
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -34,20 +35,20 @@ class CorruptImageWarning(UserWarning):
 class Example(TypedDict):
     """One image of a dataset, with whatever else the dataset says about it.
 
-    All examples of a dataset have the same keys, and their tensors the same shapes.
+    All examples of a dataset have the same keys, and their tensors, but for captions, the same shapes.
 
     Attributes:
         image: uint8, (C, H, W).
         label: Class index.
-        tokens: Text tokens or embeddings, any shape; not mirrored.
+        caption: A text as UTF-8 bytes, uint8 (L,), of any length: see `diffusion_lit.text`.
         map: Segmentation map, edges or another spatial condition, (..., W); mirrored with the image.
-        low_res: The image at a lower resolution, (..., W); mirrored with the image.
-        mask: Which pixels are known, (..., W); mirrored with the image.
+        low_res: The image at a lower resolution, uint8 (C, h, w); mirrored with the image.
+        mask: 1 where pixels are known and 0 in holes, uint8 (1, H, W); mirrored with the image.
     """
 
     image: Tensor
     label: NotRequired[int]
-    tokens: NotRequired[Tensor]
+    caption: NotRequired[Tensor]
     map: NotRequired[Tensor]
     low_res: NotRequired[Tensor]
     mask: NotRequired[Tensor]
@@ -102,8 +103,8 @@ class ImageDataset(Dataset[Example], ABC):
                 empty["label"] = torch.empty(0, dtype=torch.int64)
             return empty
         columns = {key: [example[key] for example in examples] for key in examples[0]}
-        stacked = {key: torch.tensor(c) if key == "label" else torch.stack(c) for key, c in columns.items()}
-        return cast(Batch, stacked)
+        stack: dict[str, Callable[[Any], Tensor]] = {"label": torch.tensor, "caption": stack_texts}
+        return cast(Batch, {key: stack.get(key, torch.stack)(column) for key, column in columns.items()})
 
     def preload(self, skip_corrupt: bool) -> "ImageDataset":
         """Returns the dataset to use: this one, or a copy that holds all images in memory.

@@ -14,7 +14,7 @@ from diffusion_lit.data.batches import Batches, as_is, require_shared_memory
 from diffusion_lit.data.dataset import ImageDataset, InMemoryImages, Split
 from diffusion_lit.data.source import Source, at_least
 from diffusion_lit.data.stream import Key, OnePass, TrainingStream
-from diffusion_lit.images import from_uint8
+from diffusion_lit.images import scaled
 from diffusion_lit.types import Batch
 
 SPATIAL = ("image", "map", "low_res", "mask")
@@ -25,7 +25,7 @@ class ImageData(L.LightningDataModule):
     """Batches of images for training, validation and testing.
 
     A batch is a dict. As it leaves the loader, `image` is uint8 (B, C, H, W), `label` int64 (B,) if there are classes,
-    and `flip` bool (B,) in training; a dataset may add `tokens`, `map`, `low_res` and `mask`. As it reaches the model,
+    and `flip` bool (B,) in training; a dataset may add `caption`, `map`, `low_res` and `mask`. As it reaches the model,
     `image` is float (B, C, H, W) in [-1, 1], the spatial entries are mirrored, and `flip` is gone.
 
     Training batches come from a `TrainingStream`, which continues at the optimiser step that the trainer has reached.
@@ -114,7 +114,11 @@ class ImageData(L.LightningDataModule):
 
     def parts(self) -> list[Split]:
         """The splits that exist."""
-        return [split for split in get_args(Split) if self._load(split) is not None]
+        return [split for split in get_args(Split) if self.has(split)]
+
+    def has(self, split: Split) -> bool:
+        """Whether there is such a split; it is opened."""
+        return self._load(split) is not None
 
     def micro_batch(self) -> int:
         """Images per process and micro-batch: batch_size / (processes x accumulated micro-batches).
@@ -166,7 +170,7 @@ class ImageData(L.LightningDataModule):
         return self._loader("test", self._one_pass("test"))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Mirrors the spatial entries on the device, and maps `image` from uint8 to float in [-1, 1]."""
+        """Mirrors the spatial entries on the device, and scales them: see `images.scaled`."""
         ready = cast(dict[str, Tensor], dict(batch))
         flip = ready.pop("flip", None)
         if flip is not None:
@@ -175,8 +179,7 @@ class ImageData(L.LightningDataModule):
                     entry = ready[key]
                     chosen = flip.view(-1, *[1] * (entry.ndim - 1))
                     ready[key] = torch.where(chosen, entry.flip(-1), entry)
-        ready["image"] = from_uint8(ready["image"])
-        return cast(Batch, ready)
+        return cast(Batch, scaled(ready))
 
     def reference_batches(
         self, rank: int, world_size: int, batch_size: int, split: Split = "train"
@@ -203,6 +206,16 @@ class ImageData(L.LightningDataModule):
         """
         batches = Batches(self.dataset(split), training=False, unreadable=self._unreadable.get(split))
         return batches.__getitems__([(index, False) for index in indices])
+
+    def examples(self, indices: Sequence[int], split: Split) -> Batch:
+        """Examples of a split by index, as a model takes them, (B, ...) each.
+
+        As in training, the next readable image takes the place of one that cannot be read.
+        """
+        batches = Batches(self.dataset(split), training=True, unreadable=self._unreadable.get(split))
+        batch = cast(dict[str, Tensor], batches.__getitems__([(index, False) for index in indices]))
+        del batch["flip"]
+        return cast(Batch, scaled(batch))
 
     def stored_batches(self, rank: int, world_size: int, batch_size: int, split: Split = "train") -> Iterator[Batch]:
         """Like `reference_batches`, but yields whole batches."""

@@ -16,17 +16,19 @@ from diffusion_lit.callbacks.sample_grid import check_section_sampler
 from diffusion_lit.callbacks.scalars import images_seen
 from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.checkpoint import FOLDER as CHECKPOINTS
+from diffusion_lit.data.dataset import Split
 from diffusion_lit.diffusion import Sampler
 from diffusion_lit.evaluation.measure import Record, known, measure
 from diffusion_lit.evaluation.real_images import RealImages
 from diffusion_lit.evaluation.table import Table, fill
-from diffusion_lit.generator import Generator, Requests, choose_conditions
+from diffusion_lit.generator import Generator
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
 from diffusion_lit.metrics.features import FeatureExtractor, Inception, outputs_in_memory
 from diffusion_lit.metrics.reference import Reference
 from diffusion_lit.metrics.scores import Evidence, FrechetDistance, Score
 from diffusion_lit.records import NonFinite, describe, digest
+from diffusion_lit.requests import Requests
 from diffusion_lit.types import StepFn
 
 
@@ -47,7 +49,8 @@ class Evaluation(L.Callback):
         seed: Decides their noise: image i depends on it and on i alone.
         reference: An .npz file with mu and sigma for the Fréchet distance; null: computed from all training images.
         cache_dir: Where what was computed of real images is kept; null: $DIFFUSION_LIT_CACHE or ~/.cache/diffusion_lit.
-        num_real: Training images for the scores that compare with single images; null: as many as are generated.
+        num_real: Real images for the scores that compare with single images; null: as many as are generated.
+        split: Of the real images that generated ones are compared with, where there is no `reference`.
         every_n_steps: Optimiser steps between scores while training; null: none.
         training_num_images: Images to generate for a score while training.
         training_sampler: Draws them; null: `sampler`.
@@ -69,6 +72,7 @@ class Evaluation(L.Callback):
         reference: str | None = None,
         cache_dir: str | None = None,
         num_real: int | None = None,
+        split: Split = "train",
         every_n_steps: int | None = None,
         training_num_images: int = 10_000,
         training_sampler: Sampler | None = None,
@@ -93,9 +97,10 @@ class Evaluation(L.Callback):
         self._check_scores(num_images)
         if every_n_steps is not None:
             self._check_scores(training_num_images)
-        extractors = {id(e): e for e in (self.extractor, *map(self.extractor_of, self.scores))}
+        extractors = {id(e): e for e in (self.extractor, *self.extractors)}
         self.real = {
-            id_: RealImages(e, reference if e is self.extractor else None, cache_dir) for id_, e in extractors.items()
+            id_: RealImages(e, reference if e is self.extractor else None, cache_dir, split)
+            for id_, e in extractors.items()
         }
 
     def _check_scores(self, num_images: int) -> None:
@@ -121,7 +126,8 @@ class Evaluation(L.Callback):
     @property
     def extractors(self) -> list[FeatureExtractor]:
         """The extractors that some score needs, each once."""
-        return list({id(e): e for e in map(self.extractor_of, self.scores)}.values())
+        needed = [self.extractor_of(score) for score in self.scores if score.output is not None]
+        return list({id(extractor): extractor for extractor in needed}.values())
 
     # When
 
@@ -147,7 +153,7 @@ class Evaluation(L.Callback):
                 real.require_folder()
                 requests = self.training_requests if training else self.requests
                 data = real.data(trainer)
-                score.check(min(self.num_real or requests.num_images, len(data.dataset("train"))))
+                score.check(min(self.num_real or requests.num_images, len(data.dataset(real.split))))
                 if score.needs_labels and "label" not in data.some([0]):
                     raise ValueError(
                         f"{type(score).__name__}: the real images have no classes; leave it out of --evaluation.scores"
@@ -256,8 +262,11 @@ class Evaluation(L.Callback):
         requests = requests or self.requests
         num_real = self.num_real or requests.num_images
         gaussians, features = self._real(trainer, generator.device, num_real)
+        conditions = generator.conditions()
+        shown = conditions.described()
         key = {
             **generator.described(sampler),
+            **({} if shown is None else {"conditions": shown}),
             "seed": requests.seed,
             "batch_size": requests.batch_size,
             "precision": str(trainer.precision),
@@ -272,13 +281,15 @@ class Evaluation(L.Callback):
 
         def work(batch: int, on_step: StepFn) -> dict[str, Tensor]:
             request = requests[batch]
-            given = choose_conditions(generator.conditions(), request["index"])
+            given = conditions(request["index"])
             images = to_uint8(generator.sample(request["index"].tolist(), requests.seed, sampler, given, on_step))
             columns = {
                 f"{extractor.name}.{name}": output
                 for extractor in self.extractors
                 for name, output in outputs_in_memory(extractor, images).items()
             }
+            for score in self.scores:
+                columns |= score.per_image(generator, images, given)
             return columns | ({"label": given["label"]} if "label" in given else {})
 
         def finish(columns: Mapping[str, Tensor]) -> Record:
@@ -324,6 +335,9 @@ class Evaluation(L.Callback):
         for score in self.scores:
             extractor = self.extractor_of(score)
             real = features.get(extractor.name, {})
+            if score.output is None:
+                found |= score(Evidence(torch.empty(0), columns=generated), extractor)
+                continue
             outputs = generated[f"{extractor.name}.{score.output}"]
             wrong = int((~outputs.isfinite().all(1)).sum())
             if wrong:
@@ -334,6 +348,7 @@ class Evaluation(L.Callback):
                 gaussian=gaussians.get(extractor.name),
                 real=real["features"].to(device) if real else None,
                 real_labels=real.get("label"),
+                columns=generated,
             )
             found |= score(evidence, extractor)
         return found

@@ -15,11 +15,11 @@ from diffusion_lit.data.dataset import Split
 from diffusion_lit.diffusion import DiscreteProcess, FixedLarge, Process, ReverseVariance
 from diffusion_lit.diffusion.likelihood import Bound, bits_per_dim
 from diffusion_lit.evaluation.measure import Record, measure
-from diffusion_lit.generator import Requests
 from diffusion_lit.images import from_uint8
 from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.records import describe
+from diffusion_lit.requests import Requests
 from diffusion_lit.types import StepFn
 
 

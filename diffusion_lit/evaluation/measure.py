@@ -19,9 +19,9 @@ from diffusion_lit.callbacks.collective import on_rank_zero, raise_together
 from diffusion_lit.callbacks.progress import sampling_bar
 from diffusion_lit.evaluation.partial import PartialResults
 from diffusion_lit.execution import Execution
-from diffusion_lit.generator import Requests
 from diffusion_lit.locks import locked
 from diffusion_lit.records import RESULTS, NonFinite, append_once, device_name, digest, key_of, read_records
+from diffusion_lit.requests import Requests
 from diffusion_lit.system import System
 from diffusion_lit.types import StepFn
 

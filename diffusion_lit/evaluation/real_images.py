@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.collective import on_rank_zero, raise_together, reduce_sum
 from diffusion_lit.data import ImageData
+from diffusion_lit.data.dataset import Split
 from diffusion_lit.evaluation.partial import PartialResults
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.reference import (
@@ -28,15 +29,23 @@ BATCH = 250
 
 
 class RealImages:
-    """All training images, unflipped, as one extractor sees them.
+    """All images of a split, unflipped, as one extractor sees them.
 
     Args:
         extractor: Makes features of 8-bit images.
-        reference: An .npz file with mu and sigma; None: computed from the training images, once, and kept.
+        reference: An .npz file with mu and sigma; None: computed from the images, once, and kept.
         cache_dir: Where what was computed is kept; None: $DIFFUSION_LIT_CACHE or ~/.cache/diffusion_lit.
+        split: Which images.
     """
 
-    def __init__(self, extractor: FeatureExtractor, reference: str | None = None, cache_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        reference: str | None = None,
+        cache_dir: str | None = None,
+        split: Split = "train",
+    ) -> None:
+        self.split = split
         self.extractor = extractor
         self.reference_file = reference
         self.cache_dir = cache_dir
@@ -70,7 +79,7 @@ class RealImages:
             self._gaussian = Reference.load(self.reference_file, self.extractor)
             return self._gaussian
         data = self.data(trainer)
-        images = data.dataset("train")
+        images = data.dataset(self.split)
         sums = partial(reduce_sum, trainer)
         path = cache_path(
             self.cache_dir, images.fingerprint(), self.extractor.fingerprint(), resolution=images.image_size
@@ -79,9 +88,9 @@ class RealImages:
         def compute() -> Reference:
             name = self.extractor.metric_name
             rank_zero_info(f"{name}: computing reference statistics of {images.name}, {len(images):,} images")
-            batches = data.reference_batches(trainer.global_rank, trainer.world_size, batch_size)
+            batches = data.reference_batches(trainer.global_rank, trainer.world_size, batch_size, self.split)
             reference = compute_reference(batches, self.extractor, device, sums, name=images.name)
-            share = torch.tensor(data.num_images("train", trainer.global_rank, trainer.world_size), device=device)
+            share = torch.tensor(data.num_images(self.split, trainer.global_rank, trainer.world_size), device=device)
             readable = int(sums(share))
             if reference.count != readable:
                 raise WrongImageCount(f"{images.name}: counted {reference.count} images of {readable}")
@@ -112,7 +121,7 @@ class RealImages:
             On the CPU: "features", (M, D), float32, and "label", int64 (M,), if the images have classes.
         """
         data = self.data(trainer)
-        images = data.dataset("train")
+        images = data.dataset(self.split)
         count = min(count, len(images))
         key = {
             "images": images.fingerprint(),
@@ -129,7 +138,7 @@ class RealImages:
         with raise_together(trainer):
             for number in range(trainer.global_rank, len(batches), trainer.world_size):
                 if not kept.done(number):
-                    batch = data.some(batches[number])
+                    batch = data.some(batches[number], self.split)
                     features = outputs_in_memory(self.extractor, batch["image"].to(device))["features"]
                     labels = {"label": batch["label"]} if "label" in batch else {}
                     kept.save(number, {"features": features, **labels})

@@ -5,11 +5,12 @@ functions of features, with its defaults, so that a figure is what its users cal
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -17,6 +18,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from diffusion_lit.metrics.features import FeatureExtractor
 from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
 from diffusion_lit.metrics.reference import Reference
+from diffusion_lit.types import Condition
 
 Against: TypeAlias = Literal["nothing", "gaussian", "features"]
 CHUNK = 1024
@@ -35,6 +37,7 @@ class Evidence:
         gaussian: Fitted to the features of real images, where `Score.against` asks for it.
         real: Features of real images, (M, D), float32, where `Score.against` asks for them.
         real_labels: Their classes, int64 (M,), if they have any.
+        columns: What `Score.per_image` computed, (N, ...) each.
     """
 
     generated: Tensor
@@ -42,6 +45,7 @@ class Evidence:
     gaussian: Reference | None = None
     real: Tensor | None = None
     real_labels: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Score(ABC):
@@ -50,13 +54,13 @@ class Score(ABC):
     Attributes:
         against: What generated images are compared with: a Gaussian fitted to all real images, the features of some of
             them, or nothing.
-        output: Which of `FeatureExtractor.outputs` it is computed from.
+        output: Which of `FeatureExtractor.outputs` it is computed from; None: from `per_image` alone.
         needs_labels: Whether it needs the classes of generated and of real images.
         extractor: Its own; None: that of the evaluation.
     """
 
     against: ClassVar[Against]
-    output: ClassVar[str] = "features"
+    output: ClassVar[str | None] = "features"
     needs_labels: ClassVar[bool] = False
 
     def __init__(self, extractor: FeatureExtractor | None = None) -> None:
@@ -65,6 +69,22 @@ class Score(ABC):
     @abstractmethod
     def check(self, num_images: int) -> None:
         """Raises ValueError if so many images, generated or real, are too few."""
+
+    def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """What the score needs of single images besides their features; {}: nothing.
+
+        Args:
+            generator: Made the images.
+            images: uint8, (B, C, H, W).
+            condition: What they were made from, (B, ...) each; images in [-1, 1]. `image` is the target, if any.
+
+        Returns:
+            By name, (B, ...) each; names begin with that of the score.
+
+        Raises:
+            ValueError: If the condition lacks something.
+        """
+        return {}
 
     @abstractmethod
     def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:

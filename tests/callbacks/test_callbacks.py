@@ -21,11 +21,11 @@ from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.plots import _set_ticks, _smoothed, plot_run
 from diffusion_lit.diffusion import DDIM
 from diffusion_lit.evaluation import Evaluation
-from diffusion_lit.generator import Requests
 from diffusion_lit.images import to_uint8
 from diffusion_lit.loggers import METRICS, Curves, read_curves
 from diffusion_lit.metrics import Pixels
 from diffusion_lit.module import DiffusionModule
+from diffusion_lit.requests import Requests
 from tests import tiny
 from tests.tiny import last, load
 

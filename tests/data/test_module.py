@@ -345,7 +345,7 @@ class Described(ImageDataset):
         return {
             "image": edged(torch.uint8, 1, 4, 4),
             "label": index % 3,
-            "tokens": torch.arange(5) + index,
+            "caption": torch.ones(1 + index, dtype=torch.uint8),
             "map": edged(torch.int64, 4, 4),
             "low_res": edged(torch.uint8, 1, 2, 2),
             "mask": torch.arange(4).expand(1, 4, 4) == 0,
@@ -369,25 +369,28 @@ def test_spatial_entries_are_mirrored_with_the_image_and_others_are_passed_on(nu
     flip, stored = batch["flip"].clone(), batch["image"].clone()
     ready = data.on_after_batch_transfer(batch, 0)
     assert 0 < flip.sum() < 24
-    assert sorted(ready) == ["image", "label", "low_res", "map", "mask", "tokens"]
+    assert sorted(ready) == ["caption", "image", "label", "low_res", "map", "mask"]
     numbers = stored[:, 0, 0, 1].long()
     assert sorted(numbers.tolist()) == sorted([*range(12)] * 2)
     assert torch.equal(ready["label"], numbers % 3)
-    assert torch.equal(ready["tokens"], torch.arange(5) + numbers[:, None])
+    assert ready["caption"].shape == (24, 12)
+    assert torch.equal(ready["caption"].long().sum(1), numbers + 1)
     image = ((ready["image"][:, 0, 0] + 1) * 127.5).round().long()
-    for row in (image, ready["map"][:, 0], ready["low_res"][:, 0, 0].long()):
+    low_res = ((ready["low_res"][:, 0, 0] + 1) * 127.5).round().long()
+    for row in (image, ready["map"][:, 0], low_res):
         edge = torch.where(flip, row[:, -1], row[:, 0])
         other = torch.where(flip, row[:, 0], row[:, -1])
         assert torch.equal(edge, numbers + 100)
         assert torch.equal(other, numbers)
-    assert torch.equal(ready["mask"][:, 0, 0, -1], flip)
-    assert torch.equal(ready["mask"][:, 0, 0, 0], ~flip)
-    assert (ready["map"].dtype, ready["low_res"].dtype, ready["mask"].dtype) == (torch.int64, torch.uint8, torch.bool)
+    assert torch.equal(ready["mask"][:, 0, 0, -1].bool(), flip)
+    assert torch.equal(ready["mask"][:, 0, 0, 0].bool(), ~flip)
+    assert ready["map"].dtype == torch.int64
+    assert ready["low_res"].dtype == ready["mask"].dtype == torch.float32
 
 
 def test_stored_batches_and_images_by_number_have_all_entries_too() -> None:
     data = ImageData(Descriptions())
-    assert torch.equal(data.some([3, 7])["tokens"][:, 0], torch.tensor([3, 7]))
+    assert torch.equal(data.some([3, 7])["caption"].sum(1), torch.tensor([4, 8]))
     (batch,) = data.stored_batches(0, 1, 12)
     assert batch["mask"].shape == (12, 1, 4, 4)
 

@@ -113,7 +113,7 @@ def test_a_file_without_class_names_is_read(classes: Path) -> None:
 
 
 def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="described: `prepare` cannot store low_res, map, mask, tokens"):
+    with pytest.raises(ValueError, match="described: `prepare` cannot store caption, low_res, map, mask"):
         prepare(ImageData(Descriptions()), tmp_path / "all.images")
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,6 @@ from diffusion_lit.data.mvtec import GOOD
 from diffusion_lit.diffusion import DiscreteProcess, ImageNoise
 from diffusion_lit.evaluation.measure import Record, known, measure
 from diffusion_lit.evaluation.table import fill
-from diffusion_lit.generator import Requests
 from diffusion_lit.images import from_uint8, to_uint8
 from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.methods.anomaly.maps import Detector, Found, smooth
@@ -31,6 +30,7 @@ from diffusion_lit.methods.anomaly.scores import Scoring, Truth, score, smooth_f
 from diffusion_lit.methods.anomaly.table import LambdaTable
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.records import describe
+from diffusion_lit.requests import Requests
 from diffusion_lit.types import Batch, Network, StepFn
 
 GRID = 3

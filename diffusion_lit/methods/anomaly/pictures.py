@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusion_lit.callbacks.collective import on_rank_zero
 from diffusion_lit.data import ImageData, ImageDataset
-from diffusion_lit.generator import Requests
 from diffusion_lit.images import save_png, tile, to_pil
+from diffusion_lit.requests import Requests
 
 SHOWN = 128
 """Smaller images are enlarged in overlays, by a whole number, to at least this many pixels."""

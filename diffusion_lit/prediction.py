@@ -1,0 +1,160 @@
+"""What `predict` is asked for: which images, and what they show."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+
+from diffusion_lit.generator import Generator, check_labels
+from diffusion_lit.requests import Conditions, Given, Request, Requests
+from diffusion_lit.text import encode_text
+
+BATCH = 64
+
+
+def asked_requests(
+    conditions: Conditions | None, num_images: int | None, batch_size: int | None, seed: int
+) -> Requests:
+    """The images to generate.
+
+    Args:
+        conditions: What they show; None: the model's own choice.
+        num_images: How many; None: one for each condition that was asked for by name, else 64.
+        batch_size: Images at once by each process; None: at most 64, as even as the number allows.
+        seed: Of the noise.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    if num_images is None:
+        num_images = len(conditions) if isinstance(conditions, Given) else BATCH
+    if batch_size is None:
+        num_batches = -(-num_images // BATCH) or 1
+        batch_size = max(-(-num_images // num_batches), 1)
+    return Requests(num_images, batch_size, conditions, seed)
+
+
+def asked_conditions(
+    model: L.LightningModule,
+    labels: str | Sequence[int] | None = None,
+    per_class: int | None = None,
+    prompts: Sequence[str] | None = None,
+    prompts_file: str | None = None,
+) -> Conditions | None:
+    """What was asked for by name; None: nothing in particular.
+
+    Args:
+        model: Is to make the images.
+        labels: Classes; see `parse_labels`.
+        per_class: See `parse_labels`.
+        prompts: Texts, one for each image.
+        prompts_file: Instead, a file with one on each line.
+
+    Raises:
+        ValueError: If the model cannot be asked for that, or two of them exclude each other.
+    """
+    entries = model.entries if isinstance(model, Generator) else ()
+    num_classes = model.num_classes if isinstance(model, Generator) else None
+    if (labels is not None or per_class is not None) and num_classes is None and "caption" in entries:
+        raise ValueError("labels: the model is asked by texts; give --prompts")
+    texts = parse_prompts(prompts, prompts_file)
+    if texts is not None and "caption" not in entries:
+        raise ValueError("prompts: the model takes no texts" + ("; give --labels" if num_classes else ""))
+    names = (model.class_names or ()) if isinstance(model, Generator) else ()
+    numbers = parse_labels(labels, per_class, num_classes, names)
+    given = {
+        **({} if numbers is None else {"label": torch.tensor(numbers)}),
+        **({} if texts is None else {"caption": encode_text(texts)}),
+    }
+    return Given(given) if given else None
+
+
+def parse_prompts(prompts: Sequence[str] | None, prompts_file: str | None) -> list[str] | None:
+    """The texts asked for, in order; None if there are none.
+
+    Raises:
+        ValueError: If both are given, the file cannot be read, or there is no text.
+    """
+    if prompts is not None and prompts_file is not None:
+        raise ValueError("prompts and prompts_file exclude each other; give one of them")
+    if prompts_file is not None:
+        try:
+            prompts = [line for line in Path(prompts_file).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompts_file={prompts_file} cannot be read as text: {error}") from error
+    if prompts is not None and not len(prompts):
+        raise ValueError('prompts: there are none; give --prompts "a text" "another text"')
+    return None if prompts is None else list(prompts)
+
+
+def parse_labels(
+    labels: str | Sequence[int] | None, per_class: int | None, num_classes: int | None, class_names: Sequence[str] = ()
+) -> list[int] | None:
+    """Which classes to generate, in order; None: none in particular.
+
+    Args:
+        labels: Classes one after the other, "3,3,7", "frog,7" or numbers.
+        per_class: Instead, this many images of every class, class by class.
+        num_classes: The model's; None if it is unconditional.
+        class_names: Names that may stand for numbers, in the order of the classes.
+
+    Raises:
+        ValueError: If both are given, something is no class or out of range, or the model is unconditional.
+    """
+    if labels is None and per_class is None:
+        return None
+    if labels is not None and per_class is not None:
+        raise ValueError(f"labels={labels} and per_class={per_class} exclude each other; give one of them")
+    if per_class is not None:
+        if per_class < 1:
+            raise ValueError(f"per_class={per_class} must be at least 1")
+        check_labels(torch.zeros(0), num_classes)
+        return [label for label in range(num_classes or 0) for _ in range(per_class)]
+    words = [word.strip() for word in labels.strip("[] ").split(",")] if isinstance(labels, str) else labels or []
+    known: Mapping[str, int] = {name: number for number, name in enumerate(class_names)}
+    try:
+        numbers = [known[word] if word in known else int(word) for word in words]  # type: ignore[index]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        names = f"; its classes are {', '.join(list(class_names)[:20])}" if class_names else ""
+        raise ValueError(f"labels={labels!r} must be classes between commas, such as --labels 3,3,7{names}")
+    check_labels(torch.tensor(numbers), num_classes)
+    return numbers
+
+
+class Generation(L.LightningDataModule):
+    """Gives every process its requests, once it knows which process it is.
+
+    Args:
+        requests: What all processes are going to generate.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        super().__init__()
+        self.requests = requests
+
+    def predict_dataloader(self) -> DataLoader[Request]:
+        trainer = cast(L.Trainer, self.trainer)
+        return self.requests.loader(trainer.global_rank, trainer.world_size)
+
+
+def make_room(directory: Path, replace: bool) -> None:
+    """Keeps images of two predictions apart.
+
+    Args:
+        directory: Where images are written.
+        replace: Whether images there may be removed; else they are an error.
+
+    Raises:
+        ValueError: If there are images that may not be removed.
+    """
+    there = sorted(directory.glob("[0-9]" * 6 + ".png"))
+    if there and not replace:
+        raise ValueError(f"{directory} holds {len(there)} images already; choose another directory with --out")
+    for path in there:
+        path.unlink()
+        path.with_suffix(".txt").unlink(missing_ok=True)
