@@ -140,9 +140,9 @@ def test_prompts_are_what_images_show_and_are_kept_beside_them(tmp_path: Path) -
 
 def test_without_prompts_the_data_say_what_images_show(tmp_path: Path) -> None:
     tiny.trainer(tmp_path).predict(model(), data(), out=str(tmp_path / "out"))
-    texts = [(tmp_path / "out" / f"{i:06d}.txt").read_text() for i in range(3)]
-    assert texts == ["number 0\n", "number 1\n", "number 2\n"]
-    assert not (tmp_path / "out" / "000003.txt").exists()
+    texts = [(tmp_path / "out" / f"{i:06d}.txt").read_text() for i in range(64)]
+    assert texts == [f"number {i % 3}\n" for i in range(64)]
+    assert not (tmp_path / "out" / "000064.txt").exists()
 
 
 @pytest.mark.parametrize(
