@@ -2,6 +2,7 @@
 
     fit -c configs/features/cifar10.yaml
     test --ckpt_path MODEL --evaluation.extractor TrainedFeatures --evaluation.extractor.checkpoint CLASSIFIER
+    fit -c kl_f8 --model.loss.perceptual TrainedPerceptual --model.loss.perceptual.checkpoint CLASSIFIER
 
 Distances in such features rank models of one data set; they compare with no published number.
 """
@@ -15,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lit.checkpoint import load_model
+from diffusion_lit.frozen import Frozen
 from diffusion_lit.images import from_uint8
-from diffusion_lit.metrics import FeatureExtractor, exact_float32
+from diffusion_lit.metrics import FeatureExtractor, Perceptual, exact_float32
+from diffusion_lit.metrics.perceptual import feature_distance
 from diffusion_lit.networks import ConvClassifier
 from diffusion_lit.system import System
 from diffusion_lit.types import Batch
@@ -81,10 +84,7 @@ class TrainedFeatures(FeatureExtractor):
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__()
-        path = Path(checkpoint).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"extractor.checkpoint={checkpoint}: there is no such file")
-        self.network = load_model(path, FeatureNetworkModule).network.eval().requires_grad_(False)
+        self.network = load_classifier(checkpoint, "extractor").requires_grad_(False)
         self.num_features = self.network.num_features
         self.eval()
 
@@ -100,3 +100,46 @@ class TrainedFeatures(FeatureExtractor):
             features = network.features(from_uint8(images))
             logits = cast(Tensor, network.head(features))
         return {"features": features, "logits": logits}
+
+
+class TrainedPerceptual(Perceptual):
+    """A distance in the three stages of a classifier that `fit --model FeatureNetworkModule` has trained.
+
+    It needs no weights but one's own, and its values compare with no published number.
+
+    Args:
+        checkpoint: The classifier's.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of a `FeatureNetworkModule`.
+    """
+
+    name = "classifier"
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__()
+        self._network = Frozen(load_classifier(checkpoint, "perceptual"))
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        network = cast(ConvClassifier, self._network.network)
+        expected = (network.in_channels, network.image_size, network.image_size)
+        if image_shape != expected:
+            raise ValueError(f"the classifier of TrainedPerceptual takes images of {expected}, not {image_shape}")
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        network = cast(ConvClassifier, self._network.network)
+        return feature_distance(network.stages(images), network.stages(targets))
+
+
+def load_classifier(checkpoint: str, option: str) -> ConvClassifier:
+    """The classifier in a checkpoint, in eval mode; `option` names where its path is from, in messages.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of a `FeatureNetworkModule`.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}.checkpoint={checkpoint}: there is no such file")
+    return load_model(path, FeatureNetworkModule).network.eval()

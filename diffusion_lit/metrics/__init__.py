@@ -9,6 +9,7 @@ from diffusion_lit.metrics.features import (
     exact_float32,
 )
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, frechet_distance, one_process
+from diffusion_lit.metrics.perceptual import LPIPS, Perceptual
 from diffusion_lit.metrics.reference import (
     Reference,
     WrongImageCount,
@@ -29,6 +30,7 @@ from diffusion_lit.metrics.scores import (
 
 __all__ = [
     "KID",
+    "LPIPS",
     "Agreement",
     "DINOv2",
     "Evidence",
@@ -37,6 +39,7 @@ __all__ = [
     "FrechetDistance",
     "Inception",
     "InceptionScore",
+    "Perceptual",
     "Pixels",
     "PrecisionRecall",
     "ReduceSum",

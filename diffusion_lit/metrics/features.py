@@ -163,7 +163,7 @@ class Inception(FeatureExtractor):
         path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(URL_INCEPTION_V3)
         if not path.is_file():
             try:
-                _download(URL_INCEPTION_V3, path)
+                download(URL_INCEPTION_V3, path)
             except (OSError, HTTPException, ValueError) as error:
                 raise WeightsUnavailable(
                     f"no Inception weights: not in {path.parent}, and no download ({first_line(error)}); {_remedy()}"
@@ -295,7 +295,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _download(url: str, path: Path) -> None:
+def download(url: str, path: Path) -> None:
     """Fetches `url` to `path`, whole or not at all; its name ends with the start of its SHA-256."""
     _log.info("downloading %s to %s", path.name, path.parent)
     expected = re.search(r"-([0-9a-f]{8,})\.", path.name)

@@ -107,6 +107,10 @@ class NoisyClassifier(Encoder, TimeDependentClassifier):
         return cast(Tensor, self.out(h))
 
 
+STAGE = 6
+"""Layers of a stage of `ConvClassifier`: twice convolution, normalization and activation."""
+
+
 class ConvClassifier(nn.Module):
     """A small convolutional classifier of clean images, for its features.
 
@@ -146,6 +150,14 @@ class ConvClassifier(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.num_features, num_classes)
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """Maps images in [-1, 1], (B, C, H, W), to the output of each of the three stages."""
+        outputs = []
+        for layer in range(0, len(self.trunk), STAGE):
+            x = self.trunk[layer : layer + STAGE](x)
+            outputs.append(x)
+        return outputs
 
     def features(self, x: Tensor) -> Tensor:
         """Maps images in [-1, 1], (B, C, H, W), to the mean of the last stage over all positions, (B, 4 width)."""
