@@ -102,6 +102,18 @@ class Generator(System):
             )
         return Examples(data, [*self.entries, *([] if self.num_classes is None else ["label"])], testing)
 
+    def pictures(self, images: Tensor, condition: Condition) -> Tensor:
+        """What a grid shows of generated images: by default the images themselves.
+
+        Args:
+            images: (B, C, H, W), nominally in [-1, 1].
+            condition: What they were made from, (B, ...) each.
+
+        Returns:
+            (B, C, H', W'), nominally in [-1, 1].
+        """
+        return images
+
     def sample(
         self,
         indices: Sequence[int],

@@ -79,8 +79,9 @@ class SampleGrid(L.Callback):
         images = []
         with generator.averaged_weights(), sampling_bar(trainer, self.requests, "samples") as on_step:
             for request, count in self.requests.batches(0, 1):
-                batch = generator.sample(request["index"].tolist(), request["seed"], self.sampler, on_step=on_step)
-                images.append(to_uint8(batch[:count]).cpu())
+                given = generator.conditions()(request["index"])
+                batch = generator.sample(request["index"].tolist(), request["seed"], self.sampler, given, on_step)
+                images.append(to_uint8(generator.pictures(batch, given)[:count]).cpu())
         return torch.cat(images)
 
 

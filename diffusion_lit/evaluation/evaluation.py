@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from diffusion_lit.callbacks.checkpoints import save
-from diffusion_lit.callbacks.collective import SharedOSError
+from diffusion_lit.callbacks.collective import SharedOSError, on_rank_zero
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.sample_grid import check_section_sampler
 from diffusion_lit.callbacks.scalars import images_seen
@@ -144,6 +144,8 @@ class Evaluation(L.Callback):
         for extractor in self.extractors:
             self.real[id(extractor)].prepare(trainer)
         for score in self.scores:
+            on_rank_zero(trainer, score.prepare, per_machine=True)
+            score.prepare()
             if score.needs_labels and pl_module.num_classes is None:
                 raise ValueError(
                     f"{type(score).__name__}: the model has no classes to ask for; leave it out of --evaluation.scores"
@@ -272,6 +274,9 @@ class Evaluation(L.Callback):
             "precision": str(trainer.precision),
             "extractors": [extractor.fingerprint() for extractor in self.extractors],
         }
+        alone = [describe_score(score) for score in self.scores if score.output is None]
+        if alone:
+            key["scores_of_single_images"] = alone
         compared = {
             "num_images": requests.num_images,
             "scores_of": [describe_score(score) for score in self.scores],

@@ -9,6 +9,7 @@ from diffusion_lit.metrics.features import (
     exact_float32,
 )
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, frechet_distance, one_process
+from diffusion_lit.metrics.paired import PSNR, SSIM, PairedScore, PerceptualDistance
 from diffusion_lit.metrics.perceptual import LPIPS, Perceptual
 from diffusion_lit.metrics.reference import (
     Reference,
@@ -31,6 +32,8 @@ from diffusion_lit.metrics.scores import (
 __all__ = [
     "KID",
     "LPIPS",
+    "PSNR",
+    "SSIM",
     "Agreement",
     "DINOv2",
     "Evidence",
@@ -39,7 +42,9 @@ __all__ = [
     "FrechetDistance",
     "Inception",
     "InceptionScore",
+    "PairedScore",
     "Perceptual",
+    "PerceptualDistance",
     "Pixels",
     "PrecisionRecall",
     "ReduceSum",

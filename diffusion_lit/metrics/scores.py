@@ -66,6 +66,9 @@ class Score(ABC):
     def __init__(self, extractor: FeatureExtractor | None = None) -> None:
         self.extractor = extractor
 
+    def prepare(self) -> None:  # noqa: B027
+        """Loads what the score needs besides its extractor, once; see `FeatureExtractor.prepare`."""
+
     @abstractmethod
     def check(self, num_images: int) -> None:
         """Raises ValueError if so many images, generated or real, are too few."""

@@ -1,0 +1,105 @@
+"""Scores of images that have a target, such as reconstructions: each image is compared with its own."""
+
+from abc import abstractmethod
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from diffusion_lit.images import to_uint8
+from diffusion_lit.metrics.features import FeatureExtractor, exact_float32
+from diffusion_lit.metrics.perceptual import LPIPS, Perceptual
+from diffusion_lit.metrics.scores import Evidence, Score
+from diffusion_lit.types import Condition
+
+LEAST_MSE = 1e-10
+"""Relative to the range of the images: no PSNR is above 100 dB."""
+WINDOW = 11
+"""Pixels of the window that SSIM is computed in."""
+
+
+class PairedScore(Score):
+    """The mean over all images of how each compares with its target, both with 8 bits, in float32."""
+
+    against: ClassVar = "nothing"
+    output: ClassVar = None
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the score is called in logs."""
+
+    @abstractmethod
+    def compare(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Compares images, float32 (B, C, H, W) in [0, 1], with their targets: (B,)."""
+
+    def check(self, num_images: int) -> None:
+        """One image is enough."""
+
+    def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
+        if "image" not in condition:
+            raise ValueError(
+                f"{type(self).__name__}: the model's images have no targets to compare with; leave it out of "
+                "--evaluation.scores"
+            )
+        targets = to_uint8(condition["image"].to(images.device))
+        with exact_float32(images.device):
+            return {self.name: self.compare(images.float() / 255, targets.float() / 255)}
+
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
+        return {self.name: float(evidence.columns[self.name].double().mean())}
+
+
+class PSNR(PairedScore):
+    """Peak signal-to-noise ratio in dB, the mean of that of each image, which is at most 100."""
+
+    name = "psnr"
+
+    def compare(self, images: Tensor, targets: Tensor) -> Tensor:
+        mse = (images - targets).square().flatten(1).mean(1)
+        return -10 * mse.clamp(min=LEAST_MSE).log10()
+
+
+class SSIM(PairedScore):
+    """Structural similarity, by torchmetrics: Gaussian windows of deviation 1.5, the mean over channels.
+
+    Source: Wang et al. 2004.
+    """
+
+    name = "ssim"
+
+    def compare(self, images: Tensor, targets: Tensor) -> Tensor:
+        if min(images.shape[2:]) < WINDOW:
+            raise ValueError(
+                f"SSIM: images of {images.shape[2]} x {images.shape[3]} pixels are smaller than its window of "
+                f"{WINDOW}; leave it out of --evaluation.scores"
+            )
+        found = structural_similarity_index_measure(images, targets, data_range=1.0, reduction="none")
+        return cast(Tensor, found).reshape(len(images))
+
+
+class PerceptualDistance(PairedScore):
+    """The perceptual distance: LPIPS, which latent diffusion's paper calls PSIM.
+
+    Args:
+        perceptual: Which distance.
+    """
+
+    def __init__(self, perceptual: Perceptual = LPIPS()) -> None:
+        super().__init__()
+        self.perceptual = perceptual
+
+    @property
+    def name(self) -> str:
+        return self.perceptual.name
+
+    def prepare(self) -> None:
+        self.perceptual.prepare()
+
+    def compare(self, images: Tensor, targets: Tensor) -> Tensor:
+        self.perceptual.to(images.device)
+        distances: Tensor = self.perceptual(2 * images - 1, 2 * targets - 1)
+        return distances
