@@ -2,16 +2,26 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from diffusion_lit.diffusion import DDIM, CosineProcess, DiscreteProcess, IntegratedLinear, Trailing, V
 from diffusion_lit.generator import Generator
+from diffusion_lit.methods.autoencoder.losses import Adversarial, ReconstructionLoss
+from diffusion_lit.methods.autoencoder.module import AutoencoderModule
 from diffusion_lit.methods.ddgan import DDGAN
 from diffusion_lit.methods.progressive_distillation import LinearByStage, ProgressiveDistillation
 from diffusion_lit.module import DiffusionModule
-from diffusion_lit.networks import NCSNpp, PairDiscriminator
+from diffusion_lit.networks import (
+    Autoencoder,
+    DiagonalGaussian,
+    NCSNpp,
+    PairDiscriminator,
+    PatchGAN,
+    Regularizer,
+    VectorQuantizer,
+)
 from tests import tiny
 
 NETWORK = {
@@ -104,9 +114,50 @@ def ddgan(kind: type[DDGAN] = DDGAN, **kwargs: Any) -> DDGAN:
     return kind(**{**parts, **kwargs})
 
 
+def autoencoder(
+    regularizer: Regularizer | None = None,
+    normalization: Literal["batch", "group"] = "batch",
+    kind: type[AutoencoderModule] = AutoencoderModule,
+    **kwargs: Any,
+) -> AutoencoderModule:
+    """A KL autoencoder with a discriminator from the third step on, always with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts: dict[str, Any] = {
+            "network": Autoencoder(
+                8,
+                1,
+                latent_channels=2,
+                width=8,
+                multipliers=[1, 2],
+                num_blocks=1,
+                num_groups=4,
+                dropout=0.1 if normalization == "batch" else 0.0,
+                regularizer=regularizer or DiagonalGaussian(),
+            ),
+            "loss": ReconstructionLoss("sum", 1e-3, perceptual=None),
+            "adversarial": Adversarial(PatchGAN(1, 8, 1, normalization, 4), start=2),
+            "optimizer": adam,
+            "discriminator_optimizer": adam,
+            "lr_scheduler": cosine,
+            "discriminator_lr_scheduler": cosine,
+            "seed": 3,
+        }
+    return kind(**{**parts, **kwargs})
+
+
+def vq(**kwargs: Any) -> AutoencoderModule:
+    """Like `autoencoder`, with a codebook and losses that are means."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return autoencoder(VectorQuantizer(16), **{"loss": ReconstructionLoss("mean", 1.0, None), **kwargs})
+
+
 GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "diffusion": lambda path: tiny.module(),
     "progressive distillation": lambda path: student(path),
     "denoising diffusion GAN": lambda path: ddgan(),
+    "KL autoencoder": lambda path: autoencoder(),
+    "VQ autoencoder": lambda path: vq(),
 }
 """Each makes a system; it is given the path of a teacher, for those that have one."""

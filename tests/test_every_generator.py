@@ -122,13 +122,14 @@ def test_predict_makes_the_averaged_model_s_images_from_seed_and_index_alone(
     run(tmp_path, make())
     for name in ("a", "b"):
         trainer = tiny.trainer(tmp_path, 1, [], logger=False)
-        trainer.predict(
-            make(), ckpt_path=str(tiny.last(tmp_path)), num_images=6, batch_size=3, seed=5, out=str(tmp_path / name)
-        )
+        asked: dict[str, Any] = {"num_images": 6, "batch_size": 3, "seed": 5, "out": str(tmp_path / name)}
+        trainer.predict(make(), tiny.data(), ckpt_path=str(tiny.last(tmp_path)), **asked)
     files = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
     assert len(files) == 6
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
     system = make()
     system.load(tiny.load(tiny.last(tmp_path)))
-    six = system.sample(range(6), seed=5)
-    torch.testing.assert_close(system.sample([4, 1], seed=5), six[[4, 1]], atol=1e-5, rtol=0)
+    given = system.conditions(tiny.data())
+    six = system.sample(range(6), seed=5, condition=given(torch.arange(6)))
+    two = system.sample([4, 1], seed=5, condition=given(torch.tensor([4, 1])))
+    torch.testing.assert_close(two, six[[4, 1]], atol=1e-5, rtol=0)

@@ -59,8 +59,7 @@ class AutoencoderModule(Generator):
         self.make_discriminator_optimizer = discriminator_optimizer
         self.make_discriminator_lr_scheduler = discriminator_lr_scheduler
         self.run: Callable[..., Any] | None = None
-        num_codes = network.regularizer.num_codes
-        self.codebook = None if num_codes is None else CodebookWatch(num_codes)
+        self.codebook = None if self.num_codes is None else CodebookWatch(self.num_codes)
         if adversarial is not None:
             self._check_discriminator(adversarial)
         if loss.perceptual is not None:
@@ -78,6 +77,11 @@ class AutoencoderModule(Generator):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.network.in_channels, self.network.image_size, self.network.image_size
+
+    @property
+    def num_codes(self) -> int | None:
+        """Size of the codebook; None: there is none."""
+        return self.network.regularizer.num_codes
 
     def averaged_names(self) -> list[str]:
         return [name for name in super().averaged_names() if name.startswith("network.")]
@@ -128,7 +132,7 @@ class AutoencoderModule(Generator):
         if passed.codes is not None:
             if self.training and self.codebook is not None:
                 self.codebook.add(passed.codes)
-            counts = torch.bincount(passed.codes.flatten(), minlength=cast(int, self.network.regularizer.num_codes))
+            counts = torch.bincount(passed.codes.flatten(), minlength=cast(int, self.num_codes))
             parts |= {"codebook_use": use(counts), "codebook_perplexity": perplexity(counts)}
         return nll.mean(), parts
 
@@ -150,6 +154,9 @@ class AutoencoderModule(Generator):
         taken = self.update(of_autoencoder, loss)
         if taken and active:
             parts |= self._update_discriminator(adversarial, of_discriminator, images)
+        else:
+            # Without gradients a step changes nothing, and schedules must not run ahead of their optimiser.
+            of_discriminator.step()
         outputs = self.note(parts)
         self.finish_step()
         return outputs
@@ -173,6 +180,15 @@ class AutoencoderModule(Generator):
     @property
     def entries(self) -> tuple[str, ...]:
         return ("image",)
+
+    def pictures(self, images: Tensor, condition: Condition) -> Tensor:
+        """Originals, each with its reconstruction on the right: (B, C, H, 2 W)."""
+        return torch.cat([condition["image"].to(images.device), images], dim=3)
+
+    def codes(self, images: Tensor) -> Tensor:
+        """Which code each position of images, (B, C, H, W), has: int64, (B, h, w), of a model that has a codebook."""
+        regularizer = self.network.regularizer
+        return cast(Tensor, regularizer.codes(regularizer.mode(self.network.moments(images.to(self.device)))))
 
     def check_sampler(self, sampler: Sampler) -> None:
         """There is no sampler."""
