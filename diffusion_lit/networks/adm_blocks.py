@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.networks.attention import Attention, count_heads
 from diffusion_lit.networks.layers import Upsample, cosine_sine_embedding, level_channels, run_block
+from diffusion_lit.networks.transformer import SpatialTransformer
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -143,15 +144,18 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """A sequence of layers, of which the residual blocks get the embedding as well."""
+    """A sequence of layers, of which residual blocks get the embedding as well, and transformers the context."""
 
-    def forward(self, h: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, embedding: Tensor, skip: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Applies the layers in order.
 
         Args:
             h: Features, (B, C, H, W).
             embedding: (B, embedding_width).
             skip: Features that are concatenated to `h` first, (B, C', H, W).
+            context: Tokens, (B, K, context_width), if there are transformers.
 
         Returns:
             The output of the last layer.
@@ -159,7 +163,12 @@ class Stage(nn.ModuleList):
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
         for layer in self:
-            h = layer(h, embedding) if isinstance(layer, ConditionedResBlock) else layer(h)
+            if isinstance(layer, ConditionedResBlock):
+                h = layer(h, embedding)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, context)
+            else:
+                h = layer(h)
         return h
 
 
@@ -190,6 +199,8 @@ class LayerFactory:
     resblock_updown: bool
     residual_rescale: bool = False
     qkv_first: bool = False
+    context_width: int | None = None
+    transformer_depth: int = 1
 
     def block(self, c_in: int, c_out: int, resample: nn.Module | None = None) -> ConditionedResBlock:
         """A residual block."""
@@ -204,9 +215,12 @@ class LayerFactory:
             resample,
         )
 
-    def attention(self, c: int) -> QKVAttention:
-        """Self-attention."""
-        return QKVAttention(c, count_heads(c, self.num_heads, self.head_channels), self.num_groups, self.qkv_first)
+    def attention(self, c: int) -> QKVAttention | SpatialTransformer:
+        """Self-attention, or with a context a transformer that attends to it too."""
+        heads = count_heads(c, self.num_heads, self.head_channels)
+        if self.context_width is None:
+            return QKVAttention(c, heads, self.num_groups, self.qkv_first)
+        return SpatialTransformer(c, heads, self.num_groups, self.context_width, self.transformer_depth)
 
     def down(self, c: int) -> nn.Module:
         """Halves the resolution."""
@@ -221,7 +235,7 @@ class LayerFactory:
         return upsample
 
     def stage(self, c_in: int, c_out: int, attention: bool) -> Stage:
-        """A residual block, followed by self-attention if `attention` is true."""
+        """A residual block, followed by what `attention` makes if that argument is true."""
         return Stage([self.block(c_in, c_out), *([self.attention(c_out)] if attention else [])])
 
 
@@ -245,6 +259,7 @@ class Encoder(nn.Module):
         num_blocks: int,
         attention: Sequence[int],
         layers: LayerFactory,
+        concat_channels: int = 0,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -253,7 +268,7 @@ class Encoder(nn.Module):
         self.channels = level_channels(width, multipliers)
         c = self.channels[0]
         self.skip_channels = [c]
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, c, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels + concat_channels, c, 3, padding=1)])])
         for i, c_level in enumerate(self.channels):
             if i > 0:
                 self.input_blocks.append(Stage([layers.down(c)]))
@@ -264,10 +279,10 @@ class Encoder(nn.Module):
                 self.skip_channels.append(c)
         self.middle_block = Stage([layers.block(c, c), layers.attention(c), layers.block(c, c)])
 
-    def encode(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, x: Tensor, embedding: Tensor, context: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Computes the features at the coarsest resolution, and the output of each of `input_blocks`."""
         skips = []
         for stage in self.input_blocks:
-            x = run_block(stage, x, embedding, recompute=self.checkpoint_blocks)
+            x = run_block(stage, x, embedding, None, context, recompute=self.checkpoint_blocks)
             skips.append(x)
-        return run_block(self.middle_block, x, embedding, recompute=self.checkpoint_blocks), skips
+        return run_block(self.middle_block, x, embedding, None, context, recompute=self.checkpoint_blocks), skips

@@ -14,7 +14,8 @@ AttendFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 ControlFn: TypeAlias = Callable[[str, Tensor], Tensor]
 """(name, weights) -> weights: called once per attention layer and forward pass.
 
-`name` is the layer's name in `network.named_modules()`. The weights are probabilities, (B, heads, queries, keys), and
+`name` is the layer's name in `network.named_modules()`; `network.get_submodule(name).cross` tells attention to a
+context from self-attention. The weights are probabilities, (B, heads, queries, keys), and
 sum to 1 over the keys; what is returned has the same shape and is used as it is, without renormalisation.
 """
 
@@ -45,9 +46,12 @@ class Attention(nn.Module):
 
     Attributes:
         attend: The attention function.
+        cross: Whether keys and values come from a context, such as the tokens of a text, and not from the features
+            that make the queries.
     """
 
     attend: AttendFn = staticmethod(attend)
+    cross: bool = False
 
 
 @contextmanager

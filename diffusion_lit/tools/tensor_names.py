@@ -1,4 +1,4 @@
-"""The tensors of `UNet` and `ADMUNet` as diffusers' `UNet2DModel` names and shapes them."""
+"""The tensors of `UNet` and `ADMUNet` as diffusers' `UNet2DModel` and `UNet2DConditionModel` name and shape them."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.networks.adm_blocks import QKVAttention, Stage
+from diffusion_lit.networks.transformer import SpatialTransformer
 from diffusion_lit.tools.files import check_tensors
 
 Names = Sequence[tuple[str, str]]
@@ -51,10 +52,16 @@ ADM: Names = (
     (r"\.out_layers\.3\.", ".conv2."),
     (r"\.skip_connection\.", ".conv_shortcut."),
     (r"\.op\.", ".conv."),
+)
+"""Likewise for `ADMUNet`, once `adm_places` has found the place of each layer. Transformers have the same names."""
+
+ADM_ATTENTION: Names = (
     (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
     (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
-"""Likewise for `ADMUNet`, once `adm_places` has found the place of each layer; `qkv` is three tensors there."""
+"""Likewise for the attention of an `ADMUNet` without context; `qkv` is three tensors there."""
+
+ATTENTION = (QKVAttention, SpatialTransformer)
 
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in attention before diffusers 0.15."""
@@ -72,20 +79,21 @@ def adm_places(network: ADMUNet) -> Iterator[tuple[str, str]]:
     for n, stage in enumerate(cast(list[Stage], list(network.input_blocks)[1:]), 1):
         level, block = divmod(n, num_blocks + 1)
         for i, layer in enumerate(stage):
-            kind = f"attentions.{block - 1}" if isinstance(layer, QKVAttention) else f"resnets.{block - 1}"
+            kind = f"attentions.{block - 1}" if isinstance(layer, ATTENTION) else f"resnets.{block - 1}"
             place = f"down_blocks.{level}.{kind}" if block else f"down_blocks.{level - 1}.downsamplers.0"
             yield f"input_blocks.{n}.{i}", place
     for n, stage in enumerate(cast(list[Stage], list(network.output_blocks))):
         level, block = divmod(n, num_blocks + 1)
         for i, layer in enumerate(stage):
-            kind = f"attentions.{block}" if isinstance(layer, QKVAttention) else f"resnets.{block}"
-            change = i > 0 and not isinstance(layer, QKVAttention)
+            kind = f"attentions.{block}" if isinstance(layer, ATTENTION) else f"resnets.{block}"
+            change = i > 0 and not isinstance(layer, ATTENTION)
             yield f"output_blocks.{n}.{i}", f"up_blocks.{level}.{'upsamplers.0' if change else kind}"
 
 
 def diffusers_names(network: UNet | ADMUNet) -> dict[str, str]:
     """The name in diffusers of each tensor, by our name."""
     places = dict(adm_places(network)) if isinstance(network, ADMUNet) else {}
+    table = UNET if isinstance(network, UNet) else [*ADM, *(ADM_ATTENTION if network.context_width is None else ())]
 
     def theirs(name: str) -> str:
         if isinstance(network, UNet):
@@ -93,7 +101,7 @@ def diffusers_names(network: UNet | ADMUNet) -> dict[str, str]:
             name = re.sub(r"^up\.(\d+)\.", lambda found: f"up_blocks.{levels - 1 - int(found[1])}.", name)
         else:
             name = re.sub(r"^(in|out)put_blocks\.\d+\.\d+", lambda found: places[found[0]], name)
-        for pattern, new in UNET if isinstance(network, UNet) else ADM:
+        for pattern, new in table:
             name = re.sub(pattern, new, name)
         return name
 
