@@ -9,6 +9,7 @@ from diffusion_lit.networks.discriminator import Discriminator, PairDiscriminato
 from diffusion_lit.networks.ncsnpp import NCSNpp
 from diffusion_lit.networks.patchgan import PatchGAN
 from diffusion_lit.networks.regularizer import DiagonalGaussian, Regularizer, VectorQuantizer
+from diffusion_lit.networks.text_encoder import TextEncoder
 from diffusion_lit.networks.unet import UNet
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PatchGAN",
     "Reconstruction",
     "Regularizer",
+    "TextEncoder",
     "UNet",
     "VectorQuantizer",
     "attention_control",
