@@ -37,15 +37,17 @@ class Batches(Dataset[Batch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        batch = self._read([index for index, _ in keys])
+        batch = self._read(keys)
         if self.training:
-            batch["flip"] = torch.tensor([flip for _, flip in keys], dtype=torch.bool)
+            batch["flip"] = torch.tensor([key.flip for key in keys], dtype=torch.bool)
         return batch
 
-    def _read(self, indices: list[int]) -> Batch:
+    def _read(self, keys: list[Key]) -> Batch:
         while True:
             try:
-                return self.images.batch(self._readable(indices))
+                readable = self._readable(keys)
+                indices = [key.image for key in readable]
+                return self.images.vary(self.images.batch(indices), indices, [key.draw for key in readable])
             except CorruptImage as error:
                 if self.unreadable is None or error.index < 0:
                     raise
@@ -53,18 +55,19 @@ class Batches(Dataset[Batch]):
                     self.unreadable[error.index] = True
                     warnings.warn(f"left out: {error}", CorruptImageWarning, stacklevel=2)
 
-    def _readable(self, indices: list[int]) -> list[int]:
+    def _readable(self, keys: list[Key]) -> list[Key]:
         if self.unreadable is None or not self.unreadable.any():
-            return indices
+            return keys
         if not self.training:
-            return [index for index in indices if not self.unreadable[index]]
+            return [key for key in keys if not self.unreadable[key.image]]
         if self.unreadable.all():
             raise CorruptImage(f"{self.images.name}: none of the {len(self)} images can be read")
         readable = []
-        for index in indices:
+        for key in keys:
+            index = key.image
             while self.unreadable[index]:
                 index = (index + 1) % len(self)
-            readable.append(index)
+            readable.append(key._replace(image=index))
         return readable
 
 

@@ -106,6 +106,18 @@ class ImageDataset(Dataset[Example], ABC):
         stack: dict[str, Callable[[Any], Tensor]] = {"label": torch.tensor, "caption": stack_texts}
         return cast(Batch, {key: stack.get(key, torch.stack)(column) for key, column in columns.items()})
 
+    def vary(self, batch: Batch, indices: Sequence[int], draws: Sequence[int]) -> Batch:
+        """Adds to a batch what may differ each time that an image is read, such as one of its captions.
+
+        By default nothing. Called with what `batch` returned, after it.
+
+        Args:
+            batch: Of these images.
+            indices: Which images, (B,).
+            draws: One number for each, from which all that is random follows; 0 outside of training: see `Key`.
+        """
+        return batch
+
     def preload(self, skip_corrupt: bool) -> "ImageDataset":
         """Returns the dataset to use: this one, or a copy that holds all images in memory.
 

@@ -153,7 +153,7 @@ class ImageData(L.LightningDataModule):
             step: At least 1.
         """
         stream = TrainingStream(len(self.dataset("train")), self.batch_size, seed=self.seed)
-        return [index for index, _ in stream.keys((step - 1) * self.batch_size, self.batch_size)]
+        return [key.image for key in stream.keys((step - 1) * self.batch_size, self.batch_size)]
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """One pass over the validation images; [], by which Lightning skips validation, if there are none."""
@@ -205,7 +205,7 @@ class ImageData(L.LightningDataModule):
         B is smaller where unreadable images are left out.
         """
         batches = Batches(self.dataset(split), training=False, unreadable=self._unreadable.get(split))
-        return batches.__getitems__([(index, False) for index in indices])
+        return batches.__getitems__([Key(index) for index in indices])
 
     def examples(self, indices: Sequence[int], split: Split) -> Batch:
         """Examples of a split by index, as a model takes them, (B, ...) each.
@@ -213,7 +213,7 @@ class ImageData(L.LightningDataModule):
         As in training, the next readable image takes the place of one that cannot be read.
         """
         batches = Batches(self.dataset(split), training=True, unreadable=self._unreadable.get(split))
-        batch = cast(dict[str, Tensor], batches.__getitems__([(index, False) for index in indices]))
+        batch = cast(dict[str, Tensor], batches.__getitems__([Key(index) for index in indices]))
         del batch["flip"]
         return cast(Batch, scaled(batch))
 

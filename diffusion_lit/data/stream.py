@@ -2,13 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-Key: TypeAlias = tuple[int, bool]
-"""(index of an image, whether to mirror it)."""
+
+class Key(NamedTuple):
+    """One image of a batch.
+
+    Attributes:
+        image: Index of the image.
+        flip: Whether to mirror it.
+        draw: Decides what differs each time that the image is read, such as which of its captions is taken; in
+            training from 0 to 2^63 - 1, a function of (seed, position in the stream), elsewhere 0.
+    """
+
+    image: int
+    flip: bool = False
+    draw: int = 0
 
 
 class TrainingStream(Sampler[list[Key]]):
@@ -53,7 +65,7 @@ class TrainingStream(Sampler[list[Key]]):
         self.start = start
         self.seed = seed
         self.flip = flip
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._epoch: tuple[int, tuple[np.ndarray, ...]] | None = None
 
     def __iter__(self) -> Iterator[list[Key]]:
         first = self.start() if callable(self.start) else self.start
@@ -67,20 +79,22 @@ class TrainingStream(Sampler[list[Key]]):
         keys: list[Key] = []
         while len(keys) < count:
             epoch, offset = divmod(position + len(keys), self.num_images)
-            order, flips = self._shuffled(epoch)
             part = slice(offset, offset + count - len(keys))
-            keys += zip(order[part].tolist(), flips[part].tolist(), strict=True)
+            columns = [column[part].tolist() for column in self._shuffled(epoch)]
+            keys += map(Key, *columns)
         return keys
 
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, ...]:
+        """Indices, flips and draws of an epoch, in order, (num_images,) each."""
         if self._epoch is None or self._epoch[0] != epoch:
-            for_order, for_flips = np.random.SeedSequence([self.seed, epoch]).spawn(2)
+            for_order, for_flips, for_draws = np.random.SeedSequence([self.seed, epoch]).spawn(3)
             order = np.random.default_rng(for_order).permutation(self.num_images)
             flips = np.zeros(self.num_images, dtype=bool)
             if self.flip:
                 flips = np.random.default_rng(for_flips).random(self.num_images) < 0.5
-            self._epoch = epoch, order, flips
-        return self._epoch[1:]
+            draws = np.random.default_rng(for_draws).integers(2**63, size=self.num_images)
+            self._epoch = epoch, (order, flips, draws)
+        return self._epoch[1]
 
 
 class OnePass(Sampler[list[Key]]):
@@ -107,4 +121,4 @@ class OnePass(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         for i in range(self.num_batches):
             first, last = (j * len(self.share) // self.num_batches for j in (i, i + 1))
-            yield [(index, False) for index in self.share[first:last]]
+            yield [Key(index) for index in self.share[first:last]]

@@ -14,6 +14,7 @@ from diffusion_lit.data import CorruptImage, CorruptImageWarning, ImageData, lsu
 from diffusion_lit.data.batches import Batches, as_is
 from diffusion_lit.data.decode import SmallImageWarning
 from diffusion_lit.data.lsun import LSUN, LSUNImages, list_keys
+from diffusion_lit.data.stream import Key
 from tests.data.adm import adm_center_crop
 
 FEW_CORES = "ignore:This DataLoader will create"
@@ -132,7 +133,7 @@ def test_forked_workers_read_a_database_that_was_open_before_the_fork(root: Path
     for _ in range(2):
         loader = DataLoader(
             Batches(images, training=False),
-            batch_sampler=[[(2 * i, False), (2 * i + 1, False)] for i in range(5)],
+            batch_sampler=[[Key(2 * i), Key(2 * i + 1)] for i in range(5)],
             collate_fn=as_is,
             num_workers=2,
             multiprocessing_context="fork",

@@ -18,7 +18,7 @@ def flat(parts: list[list[Key]]) -> list[Key]:
 def test_every_epoch_holds_every_image_once_and_epochs_join_without_a_seam(num_images: int, batch: int) -> None:
     keys = flat(batches(TrainingStream(num_images, batch, seed=3, flip=True), 6 * num_images))
     for epoch in range(6):
-        seen = sorted(index for index, _ in keys[epoch * num_images : (epoch + 1) * num_images])
+        seen = sorted(index for index, *_ in keys[epoch * num_images : (epoch + 1) * num_images])
         assert seen == list(range(num_images))
 
 
@@ -28,13 +28,13 @@ def test_every_batch_has_the_same_size_also_across_epochs() -> None:
 
 def test_epochs_differ_in_order() -> None:
     first, second = batches(TrainingStream(200, 200, seed=0), 2)
-    moved = sum(a != b for (a, _), (b, _) in zip(first, second, strict=True))
+    moved = sum(a != b for (a, *_), (b, *_) in zip(first, second, strict=True))
     assert moved > 180
 
 
 def test_the_order_of_an_epoch_is_not_the_order_of_the_set() -> None:
     (first,) = batches(TrainingStream(200, 200, seed=0), 1)
-    correlation = np.corrcoef([index for index, _ in first], np.arange(200))[0, 1]
+    correlation = np.corrcoef([index for index, *_ in first], np.arange(200))[0, 1]
     assert abs(correlation) < 0.3
 
 
@@ -81,7 +81,7 @@ def test_accumulated_micro_batches_together_are_the_batch_of_one_step() -> None:
 
 def test_about_half_the_images_are_mirrored_and_the_choice_is_fresh_every_epoch() -> None:
     epochs = batches(TrainingStream(10_000, 10_000, seed=0, flip=True), 2)
-    first, second = (dict(epoch) for epoch in epochs)
+    first, second = ({key.image: key.flip for key in epoch} for epoch in epochs)
     # Binomial(10000, 1/2) has a standard deviation of 50.
     assert abs(sum(first.values()) - 5000) < 250
     assert abs(sum(first[index] != second[index] for index in first) - 5000) < 250
@@ -90,8 +90,18 @@ def test_about_half_the_images_are_mirrored_and_the_choice_is_fresh_every_epoch(
 def test_mirroring_changes_no_order_and_none_is_mirrored_without_it() -> None:
     mirrored = flat(batches(TrainingStream(40, 8, seed=1, flip=True), 15))
     plain = flat(batches(TrainingStream(40, 8, seed=1, flip=False), 15))
-    assert [index for index, _ in mirrored] == [index for index, _ in plain]
-    assert not any(flip for _, flip in plain)
+    assert [index for index, *_ in mirrored] == [index for index, *_ in plain]
+    assert not any(key.flip for key in plain)
+
+
+def test_draws_are_fresh_every_epoch_and_uniform() -> None:
+    epochs = batches(TrainingStream(10_000, 10_000, seed=0), 2)
+    first, second = ({key.image: key.draw for key in epoch} for epoch in epochs)
+    assert sum(first[index] == second[index] for index in first) == 0
+    # A uniform variable in [0, 1) has the deviation 0.289, the mean of 10,000 of them 0.0029.
+    assert np.mean(list(first.values())) / 2**63 == pytest.approx(0.5, abs=0.015)
+    thirds = np.bincount([draw % 3 for draw in first.values()])
+    assert all(abs(thirds - 10_000 / 3) < 250)
 
 
 def test_an_empty_set_is_refused() -> None:
@@ -104,15 +114,15 @@ def test_an_empty_set_is_refused() -> None:
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 200])
 def test_one_pass_holds_every_image_once_over_all_ranks(world_size: int, num_images: int, batch_size: int) -> None:
     passes = [list(OnePass(num_images, batch_size, rank, world_size)) for rank in range(world_size)]
-    seen = [index for rank in passes for batch in rank for index, _ in batch]
+    seen = [index for rank in passes for batch in rank for index, *_ in batch]
     assert sorted(seen) == list(range(num_images))
     for rank, found in enumerate(passes):
         assert len(found) == len(OnePass(num_images, batch_size, rank, world_size))
         sizes = [len(batch) for batch in found]
         assert max(sizes) <= batch_size
         assert max(sizes) - min(sizes) <= 1
-        assert not any(flip for batch in found for _, flip in batch)
-        order = [index for batch in found for index, _ in batch]
+        assert not any(key.flip or key.draw for batch in found for key in batch)
+        order = [index for batch in found for index, *_ in batch]
         assert order == sorted(order)
 
 
