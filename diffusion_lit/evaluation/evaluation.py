@@ -277,6 +277,9 @@ class Evaluation(L.Callback):
         alone = [describe_score(score) for score in self.scores if score.output is None]
         if alone:
             key["scores_of_single_images"] = alone
+        paired = [self.extractor_of(score).name for score in self.scores if score.against == "targets"]
+        if paired:
+            key["targets"] = sorted(set(paired))
         compared = {
             "num_images": requests.num_images,
             "scores_of": [describe_score(score) for score in self.scores],
@@ -293,6 +296,10 @@ class Evaluation(L.Callback):
                 for extractor in self.extractors
                 for name, output in outputs_in_memory(extractor, images).items()
             }
+            for extractor in self.extractors:
+                if extractor.name in paired and "image" in given:
+                    targets = to_uint8(given["image"].to(images.device))
+                    columns[f"{extractor.name}.targets"] = outputs_in_memory(extractor, targets)["features"]
             for score in self.scores:
                 columns |= score.per_image(generator, images, given)
             return columns | ({"label": given["label"]} if "label" in given else {})
@@ -354,6 +361,7 @@ class Evaluation(L.Callback):
                 real=real["features"].to(device) if real else None,
                 real_labels=real.get("label"),
                 columns=generated,
+                targets=generated.get(f"{extractor.name}.targets"),
             )
             found |= score(evidence, extractor)
         return found

@@ -9,7 +9,7 @@ from diffusion_lit.metrics.features import (
     exact_float32,
 )
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, frechet_distance, one_process
-from diffusion_lit.metrics.paired import PSNR, SSIM, PairedScore, PerceptualDistance
+from diffusion_lit.metrics.paired import PSNR, SSIM, FeatureDistance, PairedScore, PerceptualDistance
 from diffusion_lit.metrics.perceptual import LPIPS, Perceptual
 from diffusion_lit.metrics.reference import (
     Reference,
@@ -37,6 +37,7 @@ __all__ = [
     "Agreement",
     "DINOv2",
     "Evidence",
+    "FeatureDistance",
     "FeatureExtractor",
     "FeatureMoments",
     "FrechetDistance",

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffusion_lit.images import to_uint8
@@ -14,8 +15,6 @@ from diffusion_lit.types import Condition
 
 LEAST_MSE = 1e-10
 """Relative to the range of the images: no PSNR is above 100 dB."""
-WINDOW = 11
-"""Pixels of the window that SSIM is computed in."""
 
 
 class PairedScore(Score):
@@ -64,21 +63,65 @@ class PSNR(PairedScore):
 
 
 class SSIM(PairedScore):
-    """Structural similarity, by torchmetrics: Gaussian windows of deviation 1.5, the mean over channels.
+    """Structural similarity, by torchmetrics: Gaussian windows, the mean over channels.
+
+    Args:
+        sigma: Deviation of the window in pixels; the window has 2 [3.5 sigma] + 1 pixels, 11 by default. Images
+            smaller than that need a smaller one: 0.5 gives 5 pixels.
+
+    Raises:
+        ValueError: If it is not above 0.
 
     Source: Wang et al. 2004.
     """
 
     name = "ssim"
 
+    def __init__(self, sigma: float = 1.5) -> None:
+        super().__init__()
+        if not sigma > 0:
+            raise ValueError(f"SSIM: sigma={sigma} must be above 0 pixels; the paper has 1.5")
+        self.sigma = sigma
+
+    @property
+    def window(self) -> int:
+        """Height and width of the window in pixels."""
+        return 2 * int(3.5 * self.sigma + 0.5) + 1
+
     def compare(self, images: Tensor, targets: Tensor) -> Tensor:
-        if min(images.shape[2:]) < WINDOW:
+        if min(images.shape[2:]) < self.window:
             raise ValueError(
                 f"SSIM: images of {images.shape[2]} x {images.shape[3]} pixels are smaller than its window of "
-                f"{WINDOW}; leave it out of --evaluation.scores"
+                f"{self.window}; lower its sigma={self.sigma}, or leave it out of --evaluation.scores"
             )
-        found = structural_similarity_index_measure(images, targets, data_range=1.0, reduction="none")
+        found = structural_similarity_index_measure(images, targets, sigma=self.sigma, data_range=1.0, reduction="none")
         return cast(Tensor, found).reshape(len(images))
+
+
+class FeatureDistance(Score):
+    """How far each image is from its target in features of unit length: the mean of |f(x) - f(y)|^2, in [0, 4].
+
+    LPIPS, of one layer and with equal weights, in the features of any extractor.
+
+    Args:
+        extractor: Another than the evaluation's.
+
+    Source: Zhang et al. 2018, eq. 1.
+    """
+
+    against = "targets"
+
+    def check(self, num_images: int) -> None:
+        """One image is enough."""
+
+    def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
+        if evidence.targets is None:
+            raise ValueError(
+                "FeatureDistance: the model's images have no targets to compare with; leave it out of "
+                "--evaluation.scores"
+            )
+        x, y = (F.normalize(features.double(), dim=1) for features in (evidence.generated, evidence.targets))
+        return {extractor.scalar("feature_distance"): float((x - y).square().sum(1).mean())}
 
 
 class PerceptualDistance(PairedScore):

@@ -20,7 +20,7 @@ from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
 from diffusion_lit.metrics.reference import Reference
 from diffusion_lit.types import Condition
 
-Against: TypeAlias = Literal["nothing", "gaussian", "features"]
+Against: TypeAlias = Literal["nothing", "gaussian", "features", "targets"]
 CHUNK = 1024
 MOST_JUDGED = 10_000
 SHUFFLE = 2020
@@ -38,6 +38,7 @@ class Evidence:
         real: Features of real images, (M, D), float32, where `Score.against` asks for them.
         real_labels: Their classes, int64 (M,), if they have any.
         columns: What `Score.per_image` computed, (N, ...) each.
+        targets: Features of what each generated image is to be, (N, D), float32, where `Score.against` asks for them.
     """
 
     generated: Tensor
@@ -46,6 +47,7 @@ class Evidence:
     real: Tensor | None = None
     real_labels: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Tensor | None = None
 
 
 class Score(ABC):
@@ -53,7 +55,7 @@ class Score(ABC):
 
     Attributes:
         against: What generated images are compared with: a Gaussian fitted to all real images, the features of some of
-            them, or nothing.
+            them, those of the images' own targets, or nothing.
         output: Which of `FeatureExtractor.outputs` it is computed from; None: from `per_image` alone.
         needs_labels: Whether it needs the classes of generated and of real images.
         extractor: Its own; None: that of the evaluation.
