@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from diffusion_lit.checkpoint import load_model
 from diffusion_lit.frozen import Frozen
 from diffusion_lit.images import from_uint8
-from diffusion_lit.metrics import FeatureExtractor, Perceptual, exact_float32
+from diffusion_lit.metrics import FeatureExtractor, Perceptual, WeightsUnavailable, exact_float32
 from diffusion_lit.metrics.perceptual import feature_distance
 from diffusion_lit.networks import ConvClassifier
 from diffusion_lit.system import System
@@ -108,28 +108,38 @@ class TrainedPerceptual(Perceptual):
     It needs no weights but one's own, and its values compare with no published number.
 
     Args:
-        checkpoint: The classifier's.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint of a `FeatureNetworkModule`.
+        checkpoint: The classifier's; read by `prepare`, or when it is first needed.
     """
 
     name = "classifier"
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__()
-        self._network = Frozen(load_classifier(checkpoint, "perceptual"))
+        self._checkpoint = checkpoint
+        self._network: Frozen | None = None
+
+    def prepare(self) -> None:
+        self._prepared()
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
-        network = cast(ConvClassifier, self._network.network)
+        network = self._prepared()
         expected = (network.in_channels, network.image_size, network.image_size)
         if image_shape != expected:
             raise ValueError(f"the classifier of TrainedPerceptual takes images of {expected}, not {image_shape}")
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        network = cast(ConvClassifier, self._network.network)
+        network = self._prepared()
+        if network.head.weight.device != images.device:
+            network.to(images.device)
         return feature_distance(network.stages(images), network.stages(targets))
+
+    def _prepared(self) -> ConvClassifier:
+        if self._network is None:
+            try:
+                self._network = Frozen(load_classifier(self._checkpoint, "perceptual"))
+            except FileNotFoundError as error:
+                raise WeightsUnavailable(f"TrainedPerceptual: {error}; train one by fit -c features/cifar10") from error
+        return cast(ConvClassifier, self._network.network)
 
 
 def load_classifier(checkpoint: str, option: str) -> ConvClassifier:

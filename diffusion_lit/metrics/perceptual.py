@@ -39,7 +39,7 @@ class Perceptual(nn.Module, ABC):
         """
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
-        """Raises ValueError if images of shape (C, H, W) cannot be compared."""
+        """Raises ValueError if images of shape (C, H, W) cannot be compared; called after `prepare`."""
 
     @abstractmethod
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:

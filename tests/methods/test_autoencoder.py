@@ -385,7 +385,6 @@ def test_a_codebook_that_collapsed_is_a_warning_with_its_use(tmp_path: Path, mon
     [
         ({"adversarial": Adversarial(PatchGAN(3, 8, 1))}, r"makes 1 channels and the discriminator takes 3"),
         ({"adversarial": Adversarial(PatchGAN(1, 8, 3))}, r"num_layers=3 leaves nothing of images of 8 pixels"),
-        ({"loss": ReconstructionLoss()}, r"LPIPS takes images of 1 or 3 channels and at least 32 pixels"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts: dict[str, Any], message: str) -> None:

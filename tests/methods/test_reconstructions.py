@@ -16,7 +16,15 @@ from diffusion_lit.loggers import read_curves
 from diffusion_lit.methods.autoencoder.losses import Adversarial, ReconstructionLoss
 from diffusion_lit.methods.autoencoder.module import AutoencoderModule
 from diffusion_lit.methods.autoencoder.scores import CodebookUse
-from diffusion_lit.metrics import LPIPS, PSNR, FrechetDistance, Pixels, WeightsUnavailable
+from diffusion_lit.metrics import (
+    LPIPS,
+    PSNR,
+    FrechetDistance,
+    PairedScore,
+    PerceptualDistance,
+    Pixels,
+    WeightsUnavailable,
+)
 from diffusion_lit.networks import Autoencoder, PatchGAN
 from diffusion_lit.records import RESULTS, read_records
 from diffusion_lit.types import Condition
@@ -99,6 +107,27 @@ def test_an_evaluation_that_was_stopped_is_continued_and_gives_the_same(
     assert Perfect.calls == 1
 
 
+class Brightness(PairedScore):
+    """Mean brightness."""
+
+    name = "brightness"
+
+    def compare(self, images: Tensor, targets: Tensor) -> Tensor:
+        return images.flatten(1).mean(1)
+
+
+def test_an_evaluation_by_further_scores_does_not_continue_a_stopped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Perfect, "calls", 0)
+    monkeypatch.setattr(Perfect, "last", 2)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        results(tmp_path, autoencoder(kind=Perfect), evaluation())
+    monkeypatch.setattr(Perfect, "last", 10**6)
+    found = results(tmp_path, autoencoder(kind=Perfect), evaluation(scores=[PSNR(), Brightness()]))
+    assert found.keys() == {"psnr", "brightness"}
+
+
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     def score(place: Path, **kwargs: Any) -> None:
         scores = [FrechetDistance(), PSNR(), CodebookUse()]
@@ -158,7 +187,17 @@ def test_lpips_is_part_of_the_loss_and_in_no_checkpoint_or_optimiser(tmp_path: P
     assert not any(module.training for module in system.loss.perceptual._network.network.modules())  # type: ignore[union-attr]
 
 
+def test_lpips_refuses_small_images_before_a_run_begins(tmp_path: Path) -> None:
+    system = autoencoder(loss=ReconstructionLoss(perceptual=LPIPS("squeeze", str(backbone(tmp_path)))))
+    with pytest.raises(ValueError, match=r"LPIPS takes images of 1 or 3 channels and at least 32 pixels"):
+        tiny.trainer(tmp_path / "run", 2).fit(system, tiny.data())
+
+
 def test_a_missing_backbone_ends_a_run_before_it_begins(tmp_path: Path, colours: ImageData) -> None:
     with pytest.raises(WeightsUnavailable, match=r"none\.pth: no such file; give torchvision's squeezenet1_1"):
         tiny.trainer(tmp_path / "run", 2).fit(perceptual(tmp_path / "none.pth"), colours)
     assert not (tmp_path / "run" / "checkpoints").exists()
+    score = PerceptualDistance(LPIPS("squeeze", str(tmp_path / "none.pth")))
+    with pytest.raises(WeightsUnavailable, match=r"none\.pth: no such file"):
+        results(tmp_path / "test", autoencoder(kind=Perfect), evaluation(scores=[score]))
+    assert not (tmp_path / "test" / "evaluation").exists()

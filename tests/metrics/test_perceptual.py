@@ -147,8 +147,8 @@ def test_a_classifier_of_one_s_own_gives_a_distance(tmp_path: Path) -> None:
     distance.check((1, 8, 8))
     with pytest.raises(ValueError, match=r"takes images of \(1, 8, 8\), not \(3, 8, 8\)"):
         distance.check((3, 8, 8))
-    with pytest.raises(FileNotFoundError, match=r"perceptual\.checkpoint=none: there is no such file"):
-        TrainedPerceptual("none")
+    with pytest.raises(WeightsUnavailable, match=r"perceptual\.checkpoint=none: there is no such file; train one by"):
+        TrainedPerceptual("none").prepare()
 
 
 # Scores

@@ -62,8 +62,6 @@ class AutoencoderModule(Generator):
         self.codebook = None if self.num_codes is None else CodebookWatch(self.num_codes)
         if adversarial is not None:
             self._check_discriminator(adversarial)
-        if loss.perceptual is not None:
-            loss.perceptual.check(self.image_shape)
 
     def _check_discriminator(self, adversarial: Adversarial) -> None:
         discriminator, network = adversarial.discriminator, self.network
@@ -98,11 +96,12 @@ class AutoencoderModule(Generator):
             Execution(channels_last=execution.channels_last).of(self.adversarial)
 
     def setup(self, stage: str) -> None:
-        super().setup(stage)
         if stage != "predict" and self.loss.perceptual is not None:
             # One process of a machine downloads what is missing.
             on_rank_zero(self.trainer, self.loss.perceptual.prepare, per_machine=True)
             self.loss.perceptual.prepare()
+            self.loss.perceptual.check(self.image_shape)
+        super().setup(stage)
 
     # Training
 
