@@ -22,7 +22,7 @@ def perplexity(counts: Tensor) -> Tensor:
 class CodebookWatch:
     """Warns if hardly any codes are used while training: looks at the codes of every `EVERY` steps.
 
-    A run that continues begins to count anew.
+    It warns once, and again if the codes were in use in between. A run that continues begins to count anew.
 
     Args:
         num_codes: Size of the codebook.
@@ -32,6 +32,7 @@ class CodebookWatch:
         self.num_codes = num_codes
         self._used: Tensor | None = None
         self._steps = 0
+        self._warned = False
 
     def add(self, codes: Tensor) -> None:
         """Takes note of codes of this process's images, int64, of any shape."""
@@ -54,9 +55,11 @@ class CodebookWatch:
         if world_size > 1:
             torch.distributed.all_reduce(used)
         share = float(use(used))
-        if share < LEAST:
+        before, self._warned = self._warned, share < LEAST
+        if self._warned and not before:
             rank_zero_warn(
                 f"step {step}: the last {EVERY} steps used {round(share * self.num_codes)} of {self.num_codes} codes "
-                f"({share:.2%}): the codebook has collapsed; start anew with a lower learning rate, fewer codes "
-                "(--model.network.regularizer.num_codes), or a later discriminator (--model.adversarial.start)"
+                f"({share:.2%}): unless training has only begun, the codebook has collapsed; start anew with a lower "
+                "learning rate, fewer codes (--model.network.regularizer.num_codes), or a later discriminator "
+                "(--model.adversarial.start)"
             )
