@@ -184,7 +184,10 @@ def load_model(
     checkpoint = read_checkpoint(path)
     config = (checkpoint.get("config") or {}).get("model")
     if config is None:
-        raise ValueError(f"{path} carries no configuration of its model: it was not written by the command line")
+        raise ValueError(
+            f"{path} carries no configuration of its model; make the model in Python and give it the weights by "
+            "model.load(read_checkpoint(path))"
+        )
     model = build(config, base, trust, source=str(path))
     load: Any = model
     load.load(checkpoint, weights, path)

@@ -1,17 +1,17 @@
 """Between images and what a generator models: pixels, or the latents of an autoencoder."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from diffusion_lit.types import Batch
+from diffusion_lit.types import Batch, Part
 
 Shape = tuple[int, int, int]
 
 
-class Codec(ABC):
+class Codec(Part):
     """Maps images to latents and back.
 
     A codec that has a network is a `torch.nn.Module` too and holds it as `Frozen`, so that the module that owns the
@@ -35,7 +35,7 @@ class Codec(ABC):
         """Latents, (B, C', H', W'), to train on; a codec may take stored ones from the batch instead of its images."""
         return self.encode(batch["image"])
 
-    def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:  # noqa: B027
+    def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:
         """Called once before a new run, on every process, such as to measure the scale of latents.
 
         Args:

@@ -1,16 +1,16 @@
 """Conditions: from the entries of a batch to the further inputs of a network."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
 from diffusion_lit.codec import Codec
-from diffusion_lit.types import Condition
+from diffusion_lit.types import Condition, Part
 
 
-class Conditioner(nn.Module, ABC):
+class Conditioner(nn.Module, Part):
     """Turns the entries of a batch other than its images into the condition of a network.
 
     It also drops conditions in training, so that one network learns to predict with and without them. It may have

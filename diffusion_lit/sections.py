@@ -8,8 +8,10 @@ from diffusion_lit.evaluation import Evaluation, Likelihood
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.parts import Slot
 from diffusion_lit.system import System
+from diffusion_lit.weights import SEED
 
-SEED = "seed_everything"
+__all__ = ["CARRIED", "SECTIONS", "SEED"]
+
 SECTIONS: dict[str, type[Callback]] = {
     "ema": EMA,
     "sample_grid": SampleGrid,

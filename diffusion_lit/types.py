@@ -1,11 +1,55 @@
 """Types that the whole package shares."""
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 from torch import Tensor, nn
+
+
+class Part(ABC):  # noqa: B024
+    """The base class of what a configuration can choose: an object that knows what it was constructed with.
+
+    So a module that was put together in Python can write its configuration into its checkpoints: see
+    `recorded.configuration_of`. A subclass needs no more than an ordinary `__init__`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _recording(vars(cls)["__init__"])  # type: ignore[method-assign]
+
+
+def _recording(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that keeps its arguments, by name, in `_given`; those of a base class are not kept."""
+
+    @functools.wraps(init)
+    def record(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_given" not in vars(self):
+            # Not an assignment, which modules and frozen data classes treat in their own ways.
+            vars(self)["_given"] = _arguments(init, self, *args, **kwargs)
+        init(self, *args, **kwargs)
+
+    return record
+
+
+def _arguments(init: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of a constructor by name, defaults too; none if it does not take them."""
+    signature = inspect.signature(init)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        # The constructor says what is wrong.
+        return {}
+    bound.apply_defaults()
+    given: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        given |= value if further else {name: value}
+    return given
 
 
 class Batch(TypedDict):
@@ -61,7 +105,7 @@ StepFn: TypeAlias = Callable[[int, int], None]
 """Called as on_step(done, total) after every step of a sampler, for progress bars."""
 
 
-class Network(nn.Module, ABC):
+class Network(nn.Module, Part):
     """A network that predicts from noisy images and their time: the base class of what a model can have as `network`.
 
     Attributes:
@@ -86,7 +130,7 @@ class Network(nn.Module, ABC):
         """
 
 
-class TimeDependentClassifier(nn.Module, ABC):
+class TimeDependentClassifier(nn.Module, Part):
     """A classifier of noisy images: the base class of what classifier guidance can use.
 
     Attributes:

@@ -1,6 +1,5 @@
 """Which weights a module holds, and what its checkpoints hold."""
 
-from abc import ABC
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,11 +9,18 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from diffusion_lit.averaging import WeightAverages
 from diffusion_lit.checkpoint import AVERAGED, RAW, choose_weights
 from diffusion_lit.lightning import attached_trainer, rewind_to_step
+from diffusion_lit.recorded import NotRecorded, configuration_of
+from diffusion_lit.types import Part
+from diffusion_lit.upgrade import FORMAT
+
+SEED = "seed_everything"
+"""The section that holds the seed of a run."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,13 @@ class Loaded:
     weights: str
 
 
-class Weighted(L.LightningModule, ABC):
+class Weighted(L.LightningModule, Part):
     """A LightningModule whose weights may be averaged, and whose checkpoints hold raw and averaged weights.
 
     Attributes:
         averages: Averages of the weights, set by the `ema` section; None: there are none.
-        config: The resolved configuration that checkpoints carry, set by the command line.
+        config: The resolved configuration that checkpoints carry, set by the command line; empty: they carry what is
+            `recorded` of the module's parts.
         loaded: Where the weights are from; None: they were not loaded, or are being trained.
         skipped_steps: Steps that were skipped so far.
         skipped_in_a_row: Steps that were skipped since the last one that was not.
@@ -52,6 +59,7 @@ class Weighted(L.LightningModule, ABC):
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.class_names: list[str] | None = None
+        self._notes: list[str] = []
 
     def averaged_weights(self, name: str | None = None) -> AbstractContextManager[None]:
         """A context in which the module holds averaged weights, where there are any.
@@ -157,12 +165,38 @@ class Weighted(L.LightningModule, ABC):
         self.load_state_dict(state)
         return sorted(fresh)
 
+    def recorded(self) -> dict[str, Any]:
+        """The configuration of a module that Python put together, and of its data, as the command line would have it.
+
+        What of it is not recorded is said once. Data of other packages are left out.
+        """
+        notes: list[str] = []
+        config: dict[str, Any] = {}
+        trainer = attached_trainer(self)
+        for name, part in (("model", self), ("data", getattr(trainer, "datamodule", None))):
+            left_out: list[str] = []
+            try:
+                if isinstance(part, Part):
+                    config[name] = configuration_of(part, name, left_out)
+                    # The command line sets seeds from its own.
+                    seed = config[name]["init_args"].pop("seed", 0)
+                    config.setdefault(SEED, seed if 0 <= seed < 2**32 else 0)
+            except NotRecorded as error:
+                notes.append(f"checkpoints carry no configuration of the {name} ({error})")
+            notes += [f"{key} is a function: it is not recorded, and its default is used instead" for key in left_out]
+        for note in notes:
+            if note not in self._notes:
+                rank_zero_info(note)
+        self._notes = notes
+        return config
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`state_dict` becomes the primary average, which is what a reader of weights wants.
 
         The raw weights, from which training continues, and further averages are stored beside it.
         """
-        checkpoint["config"] = self.config
+        checkpoint["format"] = FORMAT
+        checkpoint["config"] = self.config or self.recorded()
         checkpoint["class_names"] = self.class_names
         checkpoint["weights"] = RAW if self.averages is None else self.averages.primary
         training = "optimizer_states" in checkpoint

@@ -10,7 +10,7 @@ FLOORS: list[set[str]] = [
     {"types", "text", "lightning", "upgrade", "averaging", "execution", "optimization", "stepping", "parts", "locks"},
     {"codec", "frozen", "images", "memory", "recipes", "configuration"},
     {"conditioner"},
-    {"records", "command"},
+    {"records", "recorded", "command"},
     {"data", "metrics", "networks", "diffusion"},
     {"checkpoint", "loggers"},
     {"weights", "requests"},

@@ -15,13 +15,13 @@ from diffusion_lit.data.dataset import ImageDataset, InMemoryImages, Split
 from diffusion_lit.data.source import Source, at_least
 from diffusion_lit.data.stream import Key, OnePass, TrainingStream
 from diffusion_lit.images import scaled
-from diffusion_lit.types import Batch
+from diffusion_lit.types import Batch, Part
 
 SPATIAL = ("image", "map", "low_res", "mask")
 """Entries of a batch that are mirrored together."""
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(L.LightningDataModule, Part):
     """Batches of images for training, validation and testing.
 
     A batch is a dict. As it leaves the loader, `image` is uint8 (B, C, H, W), `label` int64 (B,) if there are classes,

@@ -1,11 +1,12 @@
 """Where images come from."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 from diffusion_lit.data.dataset import ImageDataset, Split
+from diffusion_lit.types import Part
 
 
-class Source(ABC):
+class Source(Part):
     """A kind of image collection: finds it on the disk and opens its splits.
 
     A subclass takes the arguments that only this collection needs. What is the same for all collections (batches,
@@ -24,7 +25,7 @@ class Source(ABC):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W), known without reading the disk."""
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self) -> None:
         """Downloads or indexes what is missing; called on one process per machine, before `load`."""
 
     @abstractmethod

@@ -6,16 +6,17 @@ Continuous time is treated as a chain of 1 / first_time entries, without any rou
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.process import Process
+from diffusion_lit.types import Part
 
 
-class Grid(ABC):
+class Grid(Part):
     """A rule that chooses S times of a process."""
 
     @abstractmethod

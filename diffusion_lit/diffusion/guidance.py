@@ -10,7 +10,7 @@ change of x0 by -sigma / alpha d.
 """
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -22,10 +22,10 @@ from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.process import Process, expand
 from diffusion_lit.diffusion.samplers.base import clip_x0
 from diffusion_lit.frozen import Frozen
-from diffusion_lit.types import Condition, DenoiseFn, Prediction, TimeDependentClassifier
+from diffusion_lit.types import Condition, DenoiseFn, Part, Prediction, TimeDependentClassifier
 
 
-class Guidance(ABC):
+class Guidance(Part):
     """A function of a denoiser and a condition. Subclasses that hold networks are modules, which move with their owner.
 
     Attributes:
@@ -34,7 +34,7 @@ class Guidance(ABC):
 
     num_classes: int | None = None
 
-    def check(self, denoiser: Denoiser, conditioner: Conditioner) -> None:  # noqa: B027
+    def check(self, denoiser: Denoiser, conditioner: Conditioner) -> None:
         """Raises ValueError if the guidance does not work with this denoiser and these conditions."""
 
     @abstractmethod

@@ -1,13 +1,14 @@
 """Noise of training and of sampling; the latter depends on (seed, image, number of the draw) alone."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.philox import WORD, Words, philox
+from diffusion_lit.types import Part
 
 
 def normals(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ class ImageNoise:
         return noise[:, : math.prod(shape)].reshape(-1, *shape)
 
 
-class NoiseSource(ABC):
+class NoiseSource(Part):
     """The noise of a process, for training and for sampling.
 
     It has mean 0, and variance 1 unless a source says otherwise.

@@ -1,6 +1,6 @@
 """Objectives: the losses that training minimizes."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from diffusion_lit.diffusion.noise import Gaussian, NoiseSource
 from diffusion_lit.diffusion.process import Process
 from diffusion_lit.diffusion.times import Times, UniformTimes
 from diffusion_lit.diffusion.weighting import Simple, Weighting
-from diffusion_lit.types import Condition, Prediction
+from diffusion_lit.types import Condition, Part, Prediction
 
 GatherFn = Callable[[Tensor], Tensor]
 """(n, ...) of each process -> (W n, ...) of all W, the same on each, in the order of ranks."""
@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     losses: Tensor
 
 
-class Objective(ABC):
+class Objective(Part):
     """Computes a loss from clean data and a denoiser.
 
     Attributes:
@@ -64,10 +64,10 @@ class Objective(ABC):
         loss = (losses if weights is None else weights * losses).mean()
         return {"loss": loss.to(x0.dtype), "t": t, "losses": losses.detach().to(x0.dtype)}
 
-    def check(self, process: Process) -> None:  # noqa: B027 (most take any)
+    def check(self, process: Process) -> None:
         """Raises ValueError if the objective needs another kind of process."""
 
-    def begin(self, denoiser: Denoiser) -> None:  # noqa: B027 (most need nothing)
+    def begin(self, denoiser: Denoiser) -> None:
         """Called before training, possibly more than once; loads and checks what only training needs.
 
         Args:
@@ -78,7 +78,7 @@ class Objective(ABC):
             FileNotFoundError: If it is not there.
         """
 
-    def start(self, denoiser: Denoiser) -> None:  # noqa: B027 (most need nothing)
+    def start(self, denoiser: Denoiser) -> None:
         """Called once before the first step of a new run, but not when a run continues.
 
         Args:

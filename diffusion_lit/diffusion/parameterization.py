@@ -3,13 +3,14 @@
 Each is linear: (x_0, eps) follow from (x_t, F). The denoiser returns (x_0, eps) for all of them.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.process import Process, require_chain
+from diffusion_lit.types import Part
 
 
 class Coefficients(NamedTuple):
@@ -21,7 +22,7 @@ class Coefficients(NamedTuple):
     eps_f: Tensor
 
 
-class Parameterization(ABC):
+class Parameterization(Part):
     """Computes x_0 and eps from the network's output, and scales the network's inputs."""
 
     def check(self, process: Process) -> None:

@@ -11,12 +11,13 @@ t = 0 is clean data. For s < t the process is Gaussian and Markov:
                                                        c^2 = sigma_ts^2 sigma_s^2 / sigma_t^2
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.schedule import Linear, Schedule
+from diffusion_lit.types import Part
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-class Process(ABC):
+class Process(Part):
     """A Gaussian diffusion process, given by alpha(t) and sigma(t).
 
     Times are tensors of shape () or (B,). Coefficients are float64, in the shape of t.

@@ -5,16 +5,18 @@ linear" linear in sqrt(beta); neither is rescaled with T.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from diffusion_lit.types import Part
+
 MAX_BETA = 0.999
 
 
-class Schedule(ABC):
+class Schedule(Part):
     """A family of noise schedules, one for every number of steps."""
 
     @abstractmethod

@@ -1,14 +1,15 @@
 """Training times: where on the process an objective measures its error."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.process import Process
+from diffusion_lit.types import Part
 
 
-class Times(ABC):
+class Times(Part):
     """A distribution of training times.
 
     Attributes:
@@ -37,7 +38,7 @@ class Times(ABC):
             ValueError: If the process has no such distribution.
         """
 
-    def update(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027 (most learn nothing)
+    def update(self, t: Tensor, losses: Tensor) -> None:
         """Learns from losses.
 
         Args:
@@ -49,7 +50,7 @@ class Times(ABC):
         """Returns all that was learned, for a checkpoint."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (most learn nothing)
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` returned."""
 
 

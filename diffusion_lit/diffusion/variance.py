@@ -4,16 +4,16 @@ The fixed variances are optimal for standard normal data (large) and for a singl
 other data. Source: Ho et al. 2020, section 3.2. A network may learn a value between them for every dimension.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.process import Process, expand
-from diffusion_lit.types import Prediction
+from diffusion_lit.types import Part, Prediction
 
 
-class ReverseVariance(ABC):
+class ReverseVariance(Part):
     """sigma^2 of p(x_s | x_t), for any s < t."""
 
     @abstractmethod

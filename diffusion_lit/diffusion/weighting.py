@@ -4,16 +4,17 @@ A weight w(t) multiplies |eps - eps_hat|^2. The squared error of x_0 is |x_0 - x
 so that every published weight can be written in this form.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.process import Process, require_chain
 from diffusion_lit.diffusion.variance import FixedLarge, FixedVariance
+from diffusion_lit.types import Part
 
 
-class Weighting(ABC):
+class Weighting(Part):
     """A function of the noise level."""
 
     @abstractmethod

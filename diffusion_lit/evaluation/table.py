@@ -5,7 +5,7 @@ already is not computed again.
 """
 
 import csv
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from diffusion_lit.callbacks.collective import on_rank_zero
 from diffusion_lit.checkpoint import AVERAGED, read_checkpoint
 from diffusion_lit.diffusion import Sampler
 from diffusion_lit.generator import Generator
+from diffusion_lit.types import Part
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ Filled: TypeAlias = Sequence[tuple[Cell, Mapping[str, Any]]]
 """Cells with their records."""
 
 
-class Table(ABC):
+class Table(Part):
     """What to evaluate, and how to show it.
 
     Attributes:

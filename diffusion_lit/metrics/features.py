@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -24,6 +24,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from diffusion_lit.memory import in_memory
 from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.records import digest
+from diffusion_lit.types import Part
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class WeightsUnavailable(RuntimeError):
     """An extractor's weights are missing, unreadable or not its own; one line with the remedy."""
 
 
-class FeatureExtractor(nn.Module, ABC):
+class FeatureExtractor(nn.Module, Part):
     """A fixed map from 8-bit images to feature vectors; always in evaluation mode.
 
     Attributes:

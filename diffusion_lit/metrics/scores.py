@@ -4,7 +4,7 @@ The Fréchet distance is ours, in float64 (`frechet`); Inception score, KID, pre
 functions of features, with its defaults, so that a figure is what its users call by that name.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeAlias
@@ -18,7 +18,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from diffusion_lit.metrics.features import FeatureExtractor
 from diffusion_lit.metrics.frechet import FeatureMoments, frechet_distance
 from diffusion_lit.metrics.reference import Reference
-from diffusion_lit.types import Condition
+from diffusion_lit.types import Condition, Part
 
 Against: TypeAlias = Literal["nothing", "gaussian", "features", "targets"]
 CHUNK = 1024
@@ -50,7 +50,7 @@ class Evidence:
     targets: Tensor | None = None
 
 
-class Score(ABC):
+class Score(Part):
     """One figure, or a few that belong together, of a set of generated images.
 
     Attributes:
@@ -68,7 +68,7 @@ class Score(ABC):
     def __init__(self, extractor: FeatureExtractor | None = None) -> None:
         self.extractor = extractor
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self) -> None:
         """Loads what the score needs besides its extractor, once; see `FeatureExtractor.prepare`."""
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Discriminators that compare a less noisy image with a noisier one, given the time."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from diffusion_lit.networks.fir import SmoothDownsample
 from diffusion_lit.networks.layers import sinusoidal_embedding
 from diffusion_lit.networks.ncsnpp import init_by_outputs
+from diffusion_lit.types import Part
 
 SLOPE = 0.2
 """Slope of the leaky ReLU below 0."""
 
 
-class Discriminator(nn.Module, ABC):
+class Discriminator(nn.Module, Part):
     """Tells real pairs (x_s, x_t) of one trajectory from pairs whose x_s was generated.
 
     Attributes:

@@ -1,6 +1,6 @@
 """The loop that all samplers share: from noise to data over a grid of times."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.grid import Grid
 from diffusion_lit.diffusion.process import Process, expand
-from diffusion_lit.types import DenoiseFn, Prediction, StepFn
+from diffusion_lit.types import DenoiseFn, Part, Prediction, StepFn
 
 NoiseFn = Callable[[], Tensor]
 """Draws fresh standard normal noise in the shape of x."""
@@ -59,7 +59,7 @@ def start_std(process: Process, t: Tensor) -> float:
     return process.prior_std * float(sigma / last)
 
 
-class Sampler(ABC):
+class Sampler(Part):
     """Takes x from the first time of its grid to 0.
 
     Args:

@@ -1,6 +1,6 @@
 """From an image to its map of anomalies: noise it, denoise it, and compare."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusion_lit.checkpoint import load_model
 from diffusion_lit.frozen import Frozen
 from diffusion_lit.networks import ConvClassifier
+from diffusion_lit.types import Part
 
 
 class Found(NamedTuple):
@@ -29,7 +30,7 @@ class Found(NamedTuple):
     pred_score: Tensor
 
 
-class Distance(ABC):
+class Distance(Part):
     """How far an image is from its reconstruction, at each pixel."""
 
     @abstractmethod

@@ -1,18 +1,20 @@
 """How far two predicted images are apart."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion_lit.types import Part
 
-class Distance(ABC):
+
+class Distance(Part):
     """A function of two batches of images, differentiable in the first."""
 
-    def load(self) -> None:  # noqa: B027 (most need nothing)
+    def load(self) -> None:
         """Loads what the distance needs, once; raises ValueError if that is not to be had."""
 
     @abstractmethod

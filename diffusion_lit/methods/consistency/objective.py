@@ -1,7 +1,7 @@
 """Consistency losses: training from data, and distillation of a diffusion model."""
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from diffusion_lit.frozen import Frozen
 from diffusion_lit.methods.consistency.distance import Distance, PseudoHuber, Squared
 from diffusion_lit.methods.consistency.pairs import Doubling, Neighbors, Pairs
 from diffusion_lit.module import DiffusionModule
-from diffusion_lit.types import Condition
+from diffusion_lit.types import Condition, Part
 
 
-class PairWeight(ABC):
+class PairWeight(Part):
     """A weight of the distance by the two times that are compared."""
 
     @abstractmethod

@@ -1,15 +1,16 @@
 """The two times that a consistency loss compares, and how they move together while training goes on."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion import Grid, Karras, LogNormal, Process, Times
+from diffusion_lit.types import Part
 
 
-class Curriculum(ABC):
+class Curriculum(Part):
     """The number of noise levels, N, by training step k, counted from 0."""
 
     first: int
