@@ -103,7 +103,7 @@ class FeatureDistance(nn.Module, Distance):
         return torch.cat(maps, 1).mean(1)
 
 
-class Detector:
+class Detector(Part):
     """How anomalies are looked for.
 
     Args:

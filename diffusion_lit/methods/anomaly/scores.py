@@ -12,7 +12,9 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from diffusion_lit.data.mvtec import GOOD
+from diffusion_lit.generator import Requests
 from diffusion_lit.requests import Requests
+from diffusion_lit.types import Part
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -48,7 +50,7 @@ class Truth:
         return Truth(defects, self.masks[which], self.masked[which])
 
 
-class Scoring:
+class Scoring(Part):
     """How `test` scores what was found.
 
     Args:
