@@ -4,6 +4,7 @@ A system writes `losses` and gets the rest. A system with several optimisers set
 writes a `training_step` made of `update` and `finish_step`.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,11 +14,12 @@ from typing import Any, ClassVar, cast
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion_lit import stepping
+from diffusion_lit.data.classes import check_class_names
+from diffusion_lit.data.tuples import Tuples
 from diffusion_lit.execution import Execution
 from diffusion_lit.optimization import named_errors, optimization
 from diffusion_lit.types import Batch, batch_size
@@ -71,6 +73,7 @@ class System(Weighted):
         self._outputs: list[Mapping[str, Tensor]] = []
         self._totals: dict[str, Tensor] = {}
         self._step_begun = 0
+        self._tuples = Tuples()
 
     # What a system says of itself
 
@@ -152,14 +155,18 @@ class System(Weighted):
         Raises:
             ValueError: If they do not fit together.
         """
+        # Data modules of ours have no such hook, and others need this one.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         name = type(self).__name__
         if stage == "predict" and not self.predicts:
             raise ValueError(f"predict: a {name} generates nothing; give --ckpt_path of a model that makes images")
         if stage == "fit":
             self.check_training(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self.num_classes is not None:
-            self._check_classes(getattr(data, "class_names", None))
+        names = getattr(data, "class_names", None) if stage == "fit" and self.num_classes is not None else None
+        if names is not None and self.num_classes is not None:
+            self.class_names = list(names)
+            check_class_names(self.class_names, self.num_classes)
         shape = tuple(getattr(data, "image_shape", self.image_shape))
         if stage != "predict" and shape != self.image_shape:
             raise ValueError(
@@ -167,23 +174,6 @@ class System(Weighted):
                 "make the image_size of data and network, and the network's in_channels, agree"
             )
         self.execute(getattr(self.trainer, "execution", Execution()))
-
-    def _check_classes(self, names: Sequence[str] | None) -> None:
-        """Compares the classes of the data, if they have names, with those of the system."""
-        if names is None or self.num_classes is None:
-            return
-        self.class_names = list(names)
-        listed = ", ".join(self.class_names[:10]) + (", ..." if len(names) > 10 else "")
-        if len(names) > self.num_classes:
-            raise ValueError(
-                f"the data have {len(names)} classes ({listed}) but the network has num_classes={self.num_classes}; "
-                f"set num_classes to {len(names)}"
-            )
-        if len(names) < self.num_classes:
-            rank_zero_warn(
-                f"the network has num_classes={self.num_classes} but the data have only {len(names)} classes "
-                f"({listed}): it learns nothing about the others, and shows these alone unless asked otherwise"
-            )
 
     def check_training(self, trainer: L.Trainer) -> None:
         """Raises ValueError if the system cannot be trained with the settings of a trainer."""
@@ -204,6 +194,12 @@ class System(Weighted):
                 f"trainer.precision=16-mixed: a {name} has several optimisers, which cannot share a scaled loss; "
                 "use bf16-mixed or 32-true"
             )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Makes (image, label) tuples of other data modules into batches; see `Tuples` for ranges and errors."""
+        if isinstance(batch, Mapping) and ("image" in batch or self.trainer.predicting):
+            return batch
+        return self._tuples(batch, self.image_shape, self.num_classes)
 
     # Training
 

@@ -26,6 +26,7 @@ from diffusion_lit.checkpoint import (
     run_of,
     tidy,
 )
+from diffusion_lit.data import ImageData
 from diffusion_lit.edit import Edit, Edited
 from diffusion_lit.execution import Execution
 from diffusion_lit.generator import Generator
@@ -127,6 +128,11 @@ class Trainer(L.Trainer):
         """
         if isinstance(model, System):
             model.check_training(self)
+        if self.world_size > 1 and datamodule is not None and not isinstance(datamodule, ImageData):
+            rank_zero_warn(
+                f"{type(datamodule).__name__}: each of {self.world_size} processes trains on what its loader gives; "
+                "give it a DistributedSampler, or train with Lightning's own Trainer, which adds one"
+            )
         run_dir = Path(self.default_root_dir)
         if self.is_global_zero:
             require_writable(run_dir)

@@ -107,6 +107,11 @@ class NoisyClassifier(Encoder, TimeDependentClassifier):
         return cast(Tensor, self.out(h))
 
 
+STAGE = 6
+"""Layers of a stage of `ConvClassifier`: twice convolution, normalization and activation."""
+
+
+class ConvClassifier(nn.Module, Part):
     """A small convolutional classifier of clean images, for its features.
 
     It has three stages of two 3x3 convolutions with batch normalization; the second and the third halve the resolution.

@@ -12,7 +12,6 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from diffusion_lit.data.mvtec import GOOD
-from diffusion_lit.generator import Requests
 from diffusion_lit.requests import Requests
 from diffusion_lit.types import Part
 
