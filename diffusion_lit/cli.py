@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from diffusion_lit import help
-from diffusion_lit.callbacks import Plots, ProgressBar, Scalars
+from diffusion_lit.callbacks import Plots, ProgressBar, Report, Scalars
 from diffusion_lit.callbacks.signals import Stopped
 from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.checkpoint import read_checkpoint, run_of
@@ -99,7 +99,7 @@ class CLI(LightningCLI):
             trainer_class=Trainer,
             auto_configure_optimizers=False,
             parser_class=Parser,
-            trainer_defaults={"callbacks": [Scalars(), Plots(), ProgressBar()]},
+            trainer_defaults={"callbacks": [Scalars(), Plots(), Report(), ProgressBar()]},
             save_config_callback=_SaveConfig,
             seed_everything_default=0,
             args={},

@@ -4,6 +4,7 @@ An error of this package itself keeps its traceback, and says how to report it.
 """
 
 import os
+import re
 import sys
 import traceback
 from typing import NoReturn, cast
@@ -15,6 +16,8 @@ VAGUE_ERRORS = (TypeError, RuntimeError, ZeroDivisionError, OverflowError)
 OTHER_ERRORS = (LookupError, AttributeError, AssertionError, ImportError, SyntaxError, NameError)
 """Errors that are the user's where another package raises them, for what it was given, and bugs where this one does."""
 _PACKAGE = "diffusion_lit"
+_OF_A_PART = re.compile(r"^  - (?!Expected a )(?:Problem with given class_path '.*':\s)?((?:.*\n)(?: {4}.*\n)*)", re.M)
+"""Where an argument takes several types, the parser joins the errors of all of them: that of a part is to the point."""
 _WRAPPERS = ("jsonargparse", "lightning.pytorch.utilities.combined_loader")
 
 
@@ -79,6 +82,8 @@ def is_of_another_process(error: BaseException) -> bool:
 def innermost(error: BaseException) -> BaseException:
     """The error that another one hides: the parser wraps what a part raises, Lightning fails to close a loader."""
     while is_raised_in(error, _WRAPPERS) and is_hidden(error.__cause__ or error.__context__):
+        if (found := _OF_A_PART.search(str(error))) is not None:
+            return ValueError(" ".join(found[1].split()))
         error = cast(BaseException, error.__cause__ or error.__context__)
     return error
 

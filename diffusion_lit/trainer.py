@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from diffusion_lit.callbacks.checkpoints import save
 from diffusion_lit.callbacks.image_writer import ImageWriter
-from diffusion_lit.callbacks.progress import ProgressBar
+from diffusion_lit.callbacks.progress import one_bar
 from diffusion_lit.callbacks.signals import StopSignals
 from diffusion_lit.checkpoint import (
     AVERAGED,
@@ -83,8 +83,8 @@ class Trainer(L.Trainer):
         given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]
-        if kwargs.get("enable_progress_bar") is False and isinstance(kwargs.get("callbacks"), list):
-            kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, ProgressBar)]
+        if isinstance(kwargs.get("callbacks"), list):
+            kwargs["callbacks"] = one_bar(kwargs["callbacks"], kwargs.get("enable_progress_bar"))
         if gradient_clip_val is not None and not gradient_clip_val >= 0:
             raise ValueError(
                 f"trainer.gradient_clip_val={gradient_clip_val} must be at least 0; 0 or null to clip nothing"

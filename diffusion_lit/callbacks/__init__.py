@@ -4,7 +4,7 @@ from diffusion_lit.callbacks.checkpoints import Checkpoints
 from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.plots import Plots
-from diffusion_lit.callbacks.progress import ProgressBar, sampling_bar
+from diffusion_lit.callbacks.progress import ProgressBar, Report, sampling_bar
 from diffusion_lit.callbacks.sample_grid import SampleGrid
 from diffusion_lit.callbacks.scalars import Scalars
 
@@ -14,6 +14,7 @@ __all__ = [
     "ImageWriter",
     "Plots",
     "ProgressBar",
+    "Report",
     "SampleGrid",
     "Scalars",
     "sampling_bar",

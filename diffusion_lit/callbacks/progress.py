@@ -1,11 +1,14 @@
-"""Progress bars: Lightning's for training, and one for images while they are generated."""
+"""How far it is: Lightning's bar for training, one for images while they are generated, and lines without a bar."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from diffusion_lit.requests import Requests
@@ -15,15 +18,34 @@ FORMAT = "{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total} images [{rate_noi
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, redrawn now and then only; `predict` shows images instead of batches.
+    """Lightning's bar over all optimiser steps of a run, redrawn now and then; `predict` shows images, not batches.
 
     Args:
-        refresh_rate: Batches between two drawings.
+        refresh_rate: Steps between two drawings.
     """
 
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.on_sampling_step: StepFn | None = None
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_start(trainer, *_)
+        bar = self.train_progress_bar
+        bar.set_description(self.train_description, refresh=False)
+        # The rate is that of the steps since the start of this process.
+        bar.initial = bar.n = trainer.global_step
+        bar.total = total_steps(trainer)
+        bar.unit = " steps"
+        bar.refresh()
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Nothing: the bar goes over all epochs."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        bar, step = self.train_progress_bar, trainer.global_step
+        if self.is_enabled and step != bar.n and (step % self.refresh_rate == 0 or step == bar.total):
+            bar.n = step
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def init_predict_tqdm(self) -> tqdm:
         return tqdm(disable=True)
@@ -32,6 +54,62 @@ class ProgressBar(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+class Report(L.Callback):
+    """Says what is trained, and where no bar is shown also how far it is: now and then, and at the end.
+
+    Args:
+        seconds: Between two lines.
+    """
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+        self._start = self._said = 0.0
+        self._first = self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = self._said = time.monotonic()
+        self._first = self._step = trainer.global_step
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        start = f", from step {self._first:,}" if self._first else ""
+        total = total_steps(trainer)
+        rank_zero_info(
+            f"training {type(pl_module).__name__}, {trained:,} parameters{start}"
+            + (f" to step {total:,}" if total is not None else "")
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step != self._step and time.monotonic() - self._said >= self.seconds:
+            self._say(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step != self._step:
+            self._say(trainer)
+
+    def _say(self, trainer: L.Trainer) -> None:
+        self._step, self._said = trainer.global_step, time.monotonic()
+        if trainer.progress_bar_callback is not None:
+            return
+        total, loss = total_steps(trainer), trainer.callback_metrics.get("train/loss")
+        rate = (self._step - self._first) / max(self._said - self._start, 1e-9)
+        parts = [f"loss {float(loss):.4g}"] if loss is not None else []
+        parts.append(f"{rate:.3g} steps/s")
+        if total is not None:
+            parts.append(f"{tqdm.format_interval(max(total - self._step, 0) / rate)} left")
+        rank_zero_info(f"step {self._step:,}{'' if total is None else f' of {total:,}'}: {', '.join(parts)}")
+
+
+def total_steps(trainer: L.Trainer) -> int | None:
+    """Optimiser steps of a run from its beginning to its end; None if it has no end."""
+    total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+    return None if total == float("inf") or total < 0 else int(total)
+
+
+def one_bar(callbacks: Sequence[L.Callback], shown: bool | None) -> list[L.Callback]:
+    """Callbacks without this package's bar, if none is to be shown or the user has chosen another, such as Rich's."""
+    other = any(isinstance(c, AnyProgressBar) and not isinstance(c, ProgressBar) for c in callbacks)
+    return [c for c in callbacks if not (isinstance(c, ProgressBar) and (other or shown is False))]
 
 
 @contextmanager
