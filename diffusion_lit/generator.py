@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import lightning.pytorch as L
 import torch
@@ -164,6 +164,32 @@ class Generator(System):
         return check_finite(torch.cat(images), indices, seed)
 
     _at_once: int | None = None
+
+    def trajectory(
+        self,
+        indices: Sequence[int],
+        seed: int = 0,
+        show: Literal["x0", "x_t"] = "x0",
+        num_frames: int = 40,
+        condition: Condition | None = None,
+    ) -> Tensor:
+        """How images come about, with the weights and the sampler that the system holds.
+
+        Args:
+            indices: Which images, as in `sample`.
+            seed: As in `sample`.
+            show: The clean image predicted at each step ("x0"), or the noisy one ("x_t"), divided by its standard
+                deviation for data of variance 1.
+            num_frames: At most so many steps are shown, at even distances; the finished images are the last.
+            condition: As in `sample`.
+
+        Returns:
+            (F, B, C, H, W) on the CPU, nominally in [-1, 1], F <= num_frames + 1.
+
+        Raises:
+            ValueError: If the system has no intermediate steps, or the condition does not fit it.
+        """
+        raise ValueError(f"a {type(self).__name__} has no intermediate steps to show")
 
     def predict_step(self, batch: Request, batch_idx: int) -> Generated:
         condition = batch["condition"] or self.conditions()(batch["index"].cpu())

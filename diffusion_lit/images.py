@@ -1,7 +1,7 @@
 """Between 8-bit images and the model's range, and images on disk."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,19 @@ def tile(images: Tensor, columns: int | None = None, tile_size: int = 64, gap: i
     tiles = F.pad(torch.cat([images.cpu(), white]), (0, gap, 0, gap), value=255)
     canvas = rearrange(tiles, "(row column) c h w -> c (row h) (column w)", column=columns)
     return canvas[:, : canvas.shape[1] - gap, : canvas.shape[2] - gap]
+
+
+def save_animation(frames: Sequence[Tensor], path: Path | str, seconds: float = 4.0) -> None:
+    """Writes 8-bit (C, H, W) images as an animated PNG that repeats, the last shown for longer.
+
+    Args:
+        frames: One after the other, at least one.
+        path: The file.
+        seconds: Of all frames but the last, which stays for half as long.
+    """
+    pictures = [to_pil(frame) for frame in frames]
+    durations = [int(1000 * seconds / len(frames))] * (len(frames) - 1) + [int(500 * seconds)]
+    pictures[0].save(path, format="PNG", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def save_png(image: Tensor, path: Path | str) -> None:

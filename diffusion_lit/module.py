@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
@@ -219,6 +219,28 @@ class DiffusionModule(Generator):
         """Decodes latents, (B, C', H', W'), and has the conditioner put in what the condition says of the images."""
         images = self.codec.decode(latents)
         return self.conditioner.finish(images, {name: value.to(images.device) for name, value in condition.items()})
+
+    def trajectory(
+        self,
+        indices: Sequence[int],
+        seed: int = 0,
+        show: Literal["x0", "x_t"] = "x0",
+        num_frames: int = 40,
+        condition: Condition | None = None,
+    ) -> Tensor:
+        given = self.conditions()(torch.tensor(indices)) if condition is None else condition
+        noise = self.noise(indices, seed)
+        last = len(self.sampler.times(self.process)) - 1
+        shown = {round(i * last / max(num_frames - 1, 1)) for i in range(num_frames)} | {last}
+        frames = []
+        with self.evaluating():
+            path = self.sampler.path(self.bind(given), noise.draw(), self.process, noise.draw)
+            for number, state in enumerate(path):
+                if number in shown:
+                    alpha, sigma = self.process.alpha_sigma(state.t)
+                    x_t = state.x_t / (alpha**2 + sigma**2).sqrt().to(state.x_t)
+                    frames.append(self.finished(state.x0 if show == "x0" else x_t, given).cpu())
+        return torch.stack(frames)
 
     def invert(self, images: Tensor, sampler: DDIM, condition: Condition | None = None) -> Tensor:
         """The noise that a deterministic sampler would turn into these images.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.plugins import CheckpointIO
@@ -232,6 +232,7 @@ class Trainer(L.Trainer):
         prompts: list[str] | None = None,
         prompts_file: str | None = None,
         edit: Edit | None = None,
+        animate: Literal["x0", "x_t"] | None = None,
     ) -> None:
         """Generates images: a folder of PNG files, and a grid and an .npz beside it; or what else a system predicts.
 
@@ -252,6 +253,8 @@ class Trainer(L.Trainer):
             prompts: Texts, for models that take them: image i shows the i-th.
             prompts_file: Instead, a file with one text on each line.
             edit: Another way to make images with the same model.
+            animate: Whether to write an animated PNG too, in which the first 16 images come about: the clean image as
+                predicted at each step (x0), or the noisy one (x_t).
 
         Raises:
             ValueError: If a number is out of range, the model has no such class or `out` cannot be written to.
@@ -273,7 +276,7 @@ class Trainer(L.Trainer):
             if isinstance(model, System):
                 other = model.prediction(datamodule, directory, num_images, batch_size, seed)
             if other is None:
-                other = Generation(requests), ImageWriter(directory, requests, npz, columns=per_class)
+                other = Generation(requests), ImageWriter(directory, requests, npz, per_class, animate)
             batches, writer = other
             callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
             callbacks.append(writer)

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -11,13 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, PngImagePlugin
 
 from diffusion_lit.callbacks.progress import ProgressBar, sampling_bar
-from diffusion_lit.generator import Generated
-from diffusion_lit.images import save_png, tile, to_pil
+from diffusion_lit.generator import Generated, Generator
+from diffusion_lit.images import save_animation, save_png, tile, to_pil, to_uint8
 from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.requests import Requests
 from diffusion_lit.text import decode_text
 
 GRID = 100
+ANIMATED = 16
 
 
 class ImageWriter(L.Callback):
@@ -32,13 +33,23 @@ class ImageWriter(L.Callback):
         requests: What is generated.
         npz: Whether to write the .npz file.
         columns: Of the grid; as square as may be by default.
+        animate: Whether to write <directory>_animation.png too, in which the first 16 images come about: as predicted
+            at each step ("x0"), or with their noise ("x_t").
     """
 
-    def __init__(self, directory: Path, requests: Requests, npz: bool = True, columns: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        requests: Requests,
+        npz: bool = True,
+        columns: int | None = None,
+        animate: Literal["x0", "x_t"] | None = None,
+    ) -> None:
         self.directory = directory
         self.requests = requests
         self.npz = npz
         self.columns = columns
+        self.animate = animate
         self._stack = ExitStack()
 
     def path(self, index: int) -> Path:
@@ -46,6 +57,9 @@ class ImageWriter(L.Callback):
         return self.directory / f"{index:06d}.png"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        can = isinstance(pl_module, Generator) and type(pl_module).trajectory is not Generator.trajectory
+        if self.animate is not None and not can:
+            raise ValueError(f"animate={self.animate}: a {type(pl_module).__name__} has no intermediate steps to show")
         self.directory.mkdir(parents=True, exist_ok=True)
         bar = trainer.progress_bar_callback
         if isinstance(bar, ProgressBar):
@@ -73,6 +87,20 @@ class ImageWriter(L.Callback):
         trainer.strategy.barrier("image_writer")
         if trainer.is_global_zero:
             self._gather()
+            if self.animate is not None and isinstance(pl_module, Generator):
+                self._animate(pl_module, self.animate)
+
+    def _animate(self, generator: Generator, show: Literal["x0", "x_t"]) -> None:
+        request = self.requests[0]
+        count = min(self.requests.num_images, ANIMATED, len(request["index"]))
+        condition = {name: value[:count] for name, value in request["condition"].items()}
+        with generator.averaged_weights():
+            frames = generator.trajectory(
+                request["index"][:count].tolist(), request["seed"], show, condition=condition or None
+            )
+        path = self.directory.with_name(f"{self.directory.name}_animation.png")
+        save_animation([tile(to_uint8(frame)) for frame in frames], path)
+        rank_zero_info(str(path))
 
     def _gather(self) -> None:
         images, labels = [], []

@@ -85,9 +85,9 @@ class Report(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self._step:
-            self._say(trainer)
+            self._say(trainer, end=True)
 
-    def _say(self, trainer: L.Trainer) -> None:
+    def _say(self, trainer: L.Trainer, end: bool = False) -> None:
         self._step, self._said = trainer.global_step, time.monotonic()
         if trainer.progress_bar_callback is not None:
             return
@@ -95,7 +95,7 @@ class Report(L.Callback):
         rate = (self._step - self._first) / max(self._said - self._start, 1e-9)
         parts = [f"loss {float(loss):.4g}"] if loss is not None else []
         parts.append(f"{rate:.3g} steps/s")
-        if total is not None:
+        if total is not None and not end:
             parts.append(f"{tqdm.format_interval(max(total - self._step, 0) / rate)} left")
         rank_zero_info(f"step {self._step:,}{'' if total is None else f' of {total:,}'}: {', '.join(parts)}")
 

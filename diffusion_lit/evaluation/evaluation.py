@@ -174,8 +174,9 @@ class Evaluation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         if self.interval.due(trainer) and isinstance(pl_module, Generator):
-            for name, value in list(self._score_training(trainer, pl_module).items())[:1]:
-                pl_module.log(name, value, prog_bar=True, logger=False)
+            for i, (name, value) in enumerate(self._score_training(trainer, pl_module).items()):
+                # Of interest to Lightning's callbacks, such as EarlyStopping; the bar has room for one.
+                pl_module.log(name, value, prog_bar=i == 0, logger=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         done = self._scored_at == trainer.global_step or trainer.interrupted

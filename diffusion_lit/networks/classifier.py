@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusion_lit.networks.adm_blocks import Encoder, LayerFactory, group_norm, split_heads
 from diffusion_lit.networks.attention import Attention, count_heads
 from diffusion_lit.networks.layers import check_shape
-from diffusion_lit.types import TimeDependentClassifier
+from diffusion_lit.types import Part, TimeDependentClassifier
 
 
 class AttentionPool2d(Attention):
