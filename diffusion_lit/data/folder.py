@@ -37,7 +37,9 @@ class Folder(Source):
         image_size: Height and width in pixels.
         channels: 3 for RGB, 1 for grey.
         val_root: Folder of validation and test images, with the same classes if there are any. None: there is no
-            validation.
+            validation, or that of `val_fraction`.
+        val_fraction: Instead of `val_root`, the share of the images in `root` that are kept for validation and test and
+            not trained on, in [0, 1). Which ones depends on their names alone.
         labels: Whether sub-folders are classes. None: as described above.
         in_memory: Whether to decode all images once, when training starts. None: if they fit 2 GiB.
 
@@ -51,6 +53,7 @@ class Folder(Source):
         image_size: int,
         channels: int = 3,
         val_root: str | None = None,
+        val_fraction: float = 0.0,
         labels: bool | None = None,
         in_memory: bool | None = None,
     ) -> None:
@@ -61,6 +64,14 @@ class Folder(Source):
         self.image_size = image_size
         self.channels = channels
         self.val_root = None if val_root is None else Path(val_root).expanduser()
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction} must lie in [0, 1); set --data.source.val_fraction")
+        if val_fraction and val_root is not None:
+            raise ValueError(
+                f"val_root={val_root} and val_fraction={val_fraction} exclude each other; set "
+                "--data.source.val_fraction 0"
+            )
+        self.val_fraction = val_fraction
         self.labels = labels
         self.in_memory = in_memory
         self._training_classes: list[str] | None = None
@@ -70,7 +81,7 @@ class Folder(Source):
         return self.channels, self.image_size, self.image_size
 
     def load(self, split: Split) -> ImageDataset | None:
-        root, option = (self.root, "root") if split == "train" else (self.val_root, "val_root")
+        root, option = (self.root, "root") if split == "train" or self.val_fraction else (self.val_root, "val_root")
         if root is None:
             return None
         if not root.is_dir():
@@ -89,12 +100,14 @@ class Folder(Source):
             rank_zero_info(
                 f"{name}: ignored {len(others):,} files that are not images by their names: {several(others)}"
             )
+        if self.val_fraction:
+            files = part_of(files, self.val_fraction, split != "train", root)
         bytes_in_memory = len(files) * self.channels * self.image_size**2
         in_memory = bytes_in_memory <= IN_MEMORY_BYTES if self.in_memory is None else self.in_memory
         return FolderImages(name, root, files, classes, self.image_size, self.channels, in_memory)
 
     def remedy(self, split: Split) -> str:
-        return "; set --data.source.val_root to a folder of images"
+        return "; set --data.source.val_root to a folder of images, or --data.source.val_fraction 0.05"
 
     def _classes(self, split: Split, root: Path, files: list[str]) -> list[str]:
         """Names of the classes of a folder, which are always those of the training folder."""
@@ -171,6 +184,26 @@ class FolderImages(ImageDataset):
             status = self.path(index).stat()
             digest.update(b"%s %d %d\0" % (bytes(self.files[index]), status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
+
+
+def part_of(files: Sequence[str], fraction: float, held_out: bool, root: Path) -> list[str]:
+    """The files that are held out for validation, or all others, in their order.
+
+    The share of the files whose names have the smallest hashes is held out, so that few of them change sides when
+    files are added.
+
+    Raises:
+        ValueError: If one side has none.
+    """
+    count = round(fraction * len(files))
+    if not 0 < count < len(files):
+        raise ValueError(
+            f"{root} has {len(files)} images, of which val_fraction={fraction} leaves {count} for validation and "
+            f"{len(files) - count} for training; set --data.source.val_fraction to another, or 0"
+        )
+    by_hash = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(file)).digest())
+    chosen = set(by_hash[:count] if held_out else by_hash[count:])
+    return [file for file in files if file in chosen]
 
 
 class Found(NamedTuple):

@@ -56,6 +56,44 @@ def test_a_single_sub_folder_is_no_class(tmp_path: Path, paths: tuple[str, ...])
     assert "label" not in images.read(0)
 
 
+def test_a_share_of_a_folder_is_held_out_by_name_and_by_nothing_else(tmp_path: Path) -> None:
+    for i in range(40):
+        paint(tmp_path / "ab"[i % 2] / f"{i:02d}.png", i)
+
+    def split(**kwargs: float) -> tuple[set[int], set[int]]:
+        source = Folder(str(tmp_path), 8, val_fraction=0.2, **kwargs)  # type: ignore[arg-type]
+        train, val = source.load("train"), source.load("val")
+        assert train is not None
+        assert val is not None
+        assert train.class_names == val.class_names == ["a", "b"]
+        assert len(source.load("test") or ()) == len(val)
+        first, second = ({int(s.read(i)["image"][0, 0, 0]) for i in range(len(s))} for s in (train, val))
+        return first, second
+
+    train, val = split()
+    assert (len(train), len(val)) == (32, 8)
+    assert train | val == set(range(40))
+    for path in sorted(tmp_path.rglob("*.png")):
+        os.utime(path, (0, 0))
+    paint(tmp_path / "a" / "more.png", 50)
+    paint(tmp_path / "b" / "other.png", 51)
+    more_train, more_val = split()
+    assert (more_train | more_val) - (train | val) == {50, 51}
+    assert len(val - more_val) <= 2
+
+
+def test_a_share_that_cannot_be_held_out_is_refused(tmp_path: Path) -> None:
+    paint(tmp_path / "1.png", 1)
+    paint(tmp_path / "2.png", 2)
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"val_fraction=.* must lie in \[0, 1\)"):
+            Folder(str(tmp_path), 8, val_fraction=fraction)
+    with pytest.raises(ValueError, match="exclude each other"):
+        Folder(str(tmp_path), 8, val_root=str(tmp_path), val_fraction=0.5)
+    with pytest.raises(ValueError, match=r"has 2 images, of which val_fraction=0\.1 leaves 0 for validation"):
+        Folder(str(tmp_path), 8, val_fraction=0.1).load("val")
+
+
 @pytest.mark.parametrize("stray", ["preview.png", "zebra.JPG"])
 def test_an_image_beside_class_folders_is_refused_with_its_name(tmp_path: Path, stray: str) -> None:
     for path in ("cat/1.png", "dog/2.png", "eel/3.png"):
