@@ -1,7 +1,7 @@
 """How far it is: Lightning's bar for training, one for images while they are generated, and lines without a bar."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,3 +145,27 @@ def sampling_bar(trainer: L.Trainer, requests: Requests, title: str) -> Iterator
                 before += images
 
         yield on_step
+
+
+@contextmanager
+def counting_bar(trainer: L.Trainer, total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """Shows how many images all processes have gone through, how fast, and the time left, on the first process.
+
+    Args:
+        trainer: Shows no bar if its progress bar is switched off.
+        total: Images of all processes, which are assumed to be equally fast.
+        title: Shown in front of the bar.
+
+    Yields:
+        The function to call with the number of images that this process has just gone through.
+    """
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    position = 1 if trainer.training else 0
+    with tqdm(
+        total=total, desc=title, unit=" images", bar_format=FORMAT, position=position, leave=False, disable=not shown
+    ) as bar:
+
+        def count(images: int) -> None:
+            bar.update(min(images * trainer.world_size, total - bar.n))
+
+        yield count

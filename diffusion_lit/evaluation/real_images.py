@@ -1,6 +1,6 @@
 """The real images that generated ones are compared with, over all processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from diffusion_lit.callbacks.collective import on_rank_zero, raise_together, reduce_sum
+from diffusion_lit.callbacks.progress import counting_bar
 from diffusion_lit.data import ImageData
 from diffusion_lit.data.dataset import Split
 from diffusion_lit.evaluation.partial import PartialResults
@@ -88,8 +89,10 @@ class RealImages:
         def compute() -> Reference:
             name = self.extractor.metric_name
             rank_zero_info(f"{name}: computing reference statistics of {images.name}, {len(images):,} images")
-            batches = data.reference_batches(trainer.global_rank, trainer.world_size, batch_size, self.split)
-            reference = compute_reference(batches, self.extractor, device, sums, name=images.name)
+            with counting_bar(trainer, len(images), "real images") as count:
+                batches = data.reference_batches(trainer.global_rank, trainer.world_size, batch_size, self.split)
+                counted = call_after(batches, lambda batch: count(len(batch)))
+                reference = compute_reference(counted, self.extractor, device, sums, name=images.name)
             share = torch.tensor(data.num_images(self.split, trainer.global_rank, trainer.world_size), device=device)
             readable = int(sums(share))
             if reference.count != readable:
@@ -135,14 +138,22 @@ class RealImages:
                 kept.open()
         self.extractor.to(device).eval()
         batches = choose_batches(len(images), count)
-        with raise_together(trainer):
+        with raise_together(trainer), counting_bar(trainer, count, "real images") as counted:
             for number in range(trainer.global_rank, len(batches), trainer.world_size):
                 if not kept.done(number):
                     batch = data.some(batches[number], self.split)
                     features = outputs_in_memory(self.extractor, batch["image"].to(device))["features"]
                     labels = {"label": batch["label"]} if "label" in batch else {}
                     kept.save(number, {"features": features, **labels})
+                counted(len(batches[number]))
         return kept.columns(len(batches))
+
+
+def call_after(batches: Iterable[Tensor], done: Callable[[Tensor], None]) -> Iterator[Tensor]:
+    """The same batches; `done` is called with each once it has been used."""
+    for batch in batches:
+        yield batch
+        done(batch)
 
 
 def choose_batches(available: int, count: int) -> Sequence[list[int]]:

@@ -5,15 +5,18 @@ already is not computed again.
 """
 
 import csv
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
 
 from diffusion_lit.callbacks.collective import on_rank_zero
 from diffusion_lit.checkpoint import AVERAGED, read_checkpoint
@@ -171,18 +174,55 @@ def fill(table: Table, evaluate: Callable[[Cell], Mapping[str, Any]], trainer: L
     loaded = generator.loaded
     run_dir = Path(trainer.default_root_dir)
     filled: list[tuple[Cell, Mapping[str, Any]]] = []
+    forecast = Forecast([evaluations(cell, generator) for cell in table.cells(checkpoint)])
     for cell in table.sequence(checkpoint, filled):
-        rank_zero_info(f"table {table.name}: {cell.row}, {cell.column} (after {len(filled)} others)")
+        rank_zero_info(f"table {table.name}: {cell.row}, {cell.column} ({forecast})")
+        begun, clock = datetime.now(UTC), time.monotonic()
         if cell.checkpoint is not None:
             generator.load(read_checkpoint(cell.checkpoint), cell.weights, cell.checkpoint)
         with table.applied(cell, generator):
             record = evaluate(cell)
+        computed = datetime.fromisoformat(record["time"]) >= begun.replace(microsecond=0)
+        forecast.add(evaluations(cell, generator), time.monotonic() - clock if computed else None)
         comparable = cell.published is not None and table.compares(generator, record)
         filled.append((cell if comparable else replace(cell, published=None), record))
         on_rank_zero(trainer, lambda: write(table, filled, run_dir))
     if loaded is not None and generator.loaded != loaded:
         generator.load(read_checkpoint(checkpoint), loaded.weights, checkpoint)
     rank_zero_info(on_rank_zero(trainer, (run_dir / f"table_{table.name}.md").read_text) or "")
+
+
+class Forecast:
+    """How many cells of a table are done, and about how long the others take.
+
+    Args:
+        work: Network evaluations of each cell, which take most of the time.
+    """
+
+    def __init__(self, work: Sequence[int]) -> None:
+        self.cells = len(work)
+        self.work = sum(work)
+        self.done = 0
+        self._measured, self._seconds = 0, 0.0
+
+    def add(self, work: int, seconds: float | None) -> None:
+        """Counts a cell, with the time that it took; None if it was on record."""
+        self.done += 1
+        self.work -= work
+        if seconds is not None:
+            self._measured += work
+            self._seconds += seconds
+
+    def __str__(self) -> str:
+        left = ""
+        if self._measured and self.work > 0:
+            left = f", about {tqdm.format_interval(self._seconds / self._measured * self.work)} left"
+        return f"cell {self.done + 1} of {max(self.cells, self.done + 1)}{left}"
+
+
+def evaluations(cell: Cell, generator: Generator) -> int:
+    """Network evaluations of each image of a cell."""
+    return max(generator.evaluations(cell.sampler), 1)
 
 
 def draw_rows(figure: Any, filled: Filled, score: str, names: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from diffusion_lit.codec import Pixels
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.tools import scheduler, unet2d
+from diffusion_lit.tools.files import announce
 from diffusion_lit.tools.tensor_names import to_diffusers
 
 DIFFUSERS_VERSION = "0.42.1"
@@ -113,6 +114,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--weights", default=AVERAGED, help="averaged, raw, or the decay of a further average")
     parser.add_argument("--trust", action="append", default=[], help="a module or class that the checkpoint may name")
     given = parser.parse_args(args)
+    announce(Path(given.checkpoint))
     model = load_model(given.checkpoint, DiffusionModule, given.weights, given.trust)
     out = Path(os.path.abspath(given.out))
     if given.to == "diffusers":

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,16 @@ from torch import Tensor
 from diffusion_lit.checkpoint import AVERAGED, RAW
 
 LISTED = 20
+LARGE = 500_000_000
+"""Bytes from which on a tool takes long enough to say what it does."""
+
+
+def announce(source: Path) -> None:
+    """Says on standard error that a large file or folder is being read, which is all that takes long."""
+    files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [source]
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    if size >= LARGE:
+        sys.stderr.write(f"reading {source}, {size / 1e9:.1f} GB\n")
 
 
 def read(path: Path) -> object:

@@ -25,7 +25,7 @@ from diffusion_lit.recipes import layers
 from diffusion_lit.sections import CARRIED, SEED
 from diffusion_lit.system import System
 from diffusion_lit.tools.diffusers_folder import PLACES, read_folder, read_scheduler
-from diffusion_lit.tools.files import check_tensors, choose_state, parse_json, read, read_metadata
+from diffusion_lit.tools.files import announce, check_tensors, choose_state, parse_json, read, read_metadata
 from diffusion_lit.tools.scheduler import part
 
 DIFFUSERS_TENSOR = "time_embedding.linear_1.weight"
@@ -222,6 +222,7 @@ def main(args: Sequence[str]) -> None:
     source, out = Path(given.source), Path(given.out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another file with --out")
+    announce(source)
     run = import_folder if source.is_dir() else import_file
     imported = run(source, given.config, given.weights, given.trust)
     save(imported.model, imported.config, out)

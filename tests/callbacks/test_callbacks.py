@@ -15,7 +15,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.callbacks import EMA, Checkpoints, ImageWriter, Plots, SampleGrid, Scalars, sampling_bar
+from diffusion_lit.callbacks import (
+    EMA,
+    Checkpoints,
+    ImageWriter,
+    Plots,
+    SampleGrid,
+    Scalars,
+    counting_bar,
+    sampling_bar,
+)
 from diffusion_lit.callbacks import progress as progress_module
 from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.plots import _set_ticks, _smoothed, plot_run
@@ -330,6 +339,11 @@ def test_a_sampling_bar_counts_every_image_once(
     rounds = range(batch_size * world_size, num_images + batch_size * world_size, batch_size * world_size)
     assert at_ends == pytest.approx([min(r, num_images) for r in rounds])
     assert bars[0].total == num_images
+    bars.clear()
+    with counting_bar(trainer, num_images, "real images") as count:
+        for first in range(0, num_images, world_size * batch_size):
+            count(min(batch_size, num_images - first))
+    assert bars[0].n == bars[0].total == num_images
 
 
 # Checkpoints

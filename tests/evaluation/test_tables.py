@@ -1,6 +1,7 @@
 """Tables are filled for a checkpoint in `test`, and what is on record is not evaluated again."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusion_lit.evaluation import (
     StepTable,
     Table,
 )
+from diffusion_lit.evaluation.table import Forecast
 from diffusion_lit.evaluation.tables import PUBLISHED
 from diffusion_lit.images import from_uint8
 from diffusion_lit.metrics import Agreement, FrechetDistance, Pixels, PrecisionRecall
@@ -173,6 +175,22 @@ def test_what_comes_after_a_table_of_other_weights_sees_the_checkpoints_own(chec
         return scores
 
     assert bound(checkpoint.parent.parent, True) == bound(tmp_path / "alone", False)
+
+
+def test_a_table_says_how_many_cells_are_left_and_how_long_they_take(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forecast = Forecast([10, 20, 100])
+    assert str(forecast) == "cell 1 of 3"
+    forecast.add(10, None)  # On record: its time says nothing.
+    assert str(forecast) == "cell 2 of 3"
+    forecast.add(20, 6.0)
+    assert str(forecast) == "cell 3 of 3, about 00:30 left"
+    with caplog.at_level("INFO"):
+        fill(checkpoint, DDIMTable([2, 10], [0.0], sigma_hat=False))
+    said = [message for message in (r.getMessage() for r in caplog.records) if message.startswith("table ddim:")]
+    assert said[0] == "table ddim: 0, 2 (cell 1 of 2)"
+    assert re.fullmatch(r"table ddim: 0, 10 \(cell 2 of 2, about \d\d:\d\d left\)", said[1])
 
 
 def test_values_that_are_not_positive_are_drawn_too(checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusion_lit.tools import import_weights
+from diffusion_lit.tools import files, import_weights
 from diffusion_lit.tools.files import read, read_json
 
 
@@ -72,6 +72,18 @@ def test_the_tool_refuses_it_as_a_file_and_in_a_folder_of_diffusers(kind: str, t
 def truncated(file: Path) -> Path:
     file.write_bytes(file.read_bytes()[:-40])
     return file
+
+
+def test_what_takes_long_to_read_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "weights.bin").write_bytes(bytes(2000))
+    files.announce(tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(files, "LARGE", 1500)
+    for source in (tmp_path, tmp_path / "weights.bin"):
+        files.announce(source)
+        assert capsys.readouterr().err == f"reading {source}, 0.0 GB\n"
 
 
 def test_damaged_files_are_said_to_be_so(tmp_path: Path) -> None:
