@@ -1,6 +1,6 @@
 """Other ways to make images with a trained model: the contract of editing methods, which train nothing."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,10 +11,10 @@ from diffusion_lit.diffusion import ImageNoise, Sampler
 from diffusion_lit.generator import Generator
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.records import describe
-from diffusion_lit.types import Batch, Condition, StepFn
+from diffusion_lit.types import Batch, Condition, Part, StepFn
 
 
-class Edit(ABC):
+class Edit(Part):
     """Makes images with a diffusion model, differently from the model's own sampling.
 
     Attributes:
@@ -24,7 +24,7 @@ class Edit(ABC):
 
     entries: tuple[str, ...] = ()
 
-    def check(self, model: DiffusionModule) -> None:  # noqa: B027 (most work with every model)
+    def check(self, model: DiffusionModule) -> None:
         """Raises ValueError if the method does not work with this model."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -14,6 +14,7 @@ from torchmetrics.functional.image import lpips
 
 from diffusion_lit.frozen import Frozen
 from diffusion_lit.metrics.features import WeightsUnavailable, download, first_line
+from diffusion_lit.types import Part
 
 URLS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -22,7 +23,7 @@ URLS = {
 }
 
 
-class Perceptual(nn.Module, ABC):
+class Perceptual(nn.Module, Part):
     """A distance between images that has gradients; its network is not trained and in no checkpoint.
 
     Attributes:

@@ -1,12 +1,14 @@
 """What keeps the latents of an autoencoder simple: a normal distribution in each position, or a codebook."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from diffusion_lit.types import Part
 
 LEAST_LOG_VARIANCE, GREATEST_LOG_VARIANCE = -30.0, 20.0
 MOST_DISTANCES = 2**26
@@ -28,7 +30,7 @@ class Regularized:
     codes: Tensor | None = None
 
 
-class Regularizer(nn.Module, ABC):
+class Regularizer(nn.Module, Part):
     """Stands between encoder and decoder."""
 
     num_codes: int | None = None
