@@ -16,6 +16,7 @@ from diffusion_lit.networks.layers import (
     level_channels,
 )
 from diffusion_lit.networks.regularizer import DiagonalGaussian, Regularizer
+from diffusion_lit.types import Part
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(h))))
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, Part):
     """The first stage of latent diffusion, KL- or VQ-regularized.
 
     Encoder and decoder are convolutional: images of any height and width divisible by `factor` can be encoded. The

@@ -4,6 +4,8 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
+from diffusion_lit.types import Part
+
 SLOPE = 0.2
 """Slope of the leaky ReLU below 0."""
 DEVIATION = 0.02
@@ -13,7 +15,7 @@ MOST = 8
 """The greatest number of channels, as a multiple of the first."""
 
 
-class PatchGAN(nn.Module):
+class PatchGAN(nn.Module, Part):
     """Convolutions of 4x4 that end in a map of logits, above 0 for what looks real.
 
     Args:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from diffusion_lit.metrics import LPIPS, Perceptual
 from diffusion_lit.networks import PatchGAN
 from diffusion_lit.networks.regularizer import at_least_float32
+from diffusion_lit.types import Part
 
 EPS = 1e-4
 
 
-class ReconstructionLoss(nn.Module):
+class ReconstructionLoss(nn.Module, Part):
     """L1 and a perceptual distance that counts in every pixel and channel; and the weight of the regularizer.
 
     Args:
@@ -70,7 +71,7 @@ class ReconstructionLoss(nn.Module):
         return (total * images[0].numel() if self.reduction == "sum" else total), parts
 
 
-class Adversarial(nn.Module):
+class Adversarial(nn.Module, Part):
     """A discriminator of reconstructions, from a certain step on.
 
     Before `start` the discriminator is not called: it does not learn, nor is it in the autoencoder's loss.
