@@ -2,9 +2,12 @@
 
 from diffusion_lit.data.cifar10 import CIFAR10
 from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, Example, ImageDataset, InMemoryImages, Split
+from diffusion_lit.data.degradation import Area, Bicubic, BSRLight, Degradation
+from diffusion_lit.data.derived import Holes, LowResolution, WithMaps
 from diffusion_lit.data.digits import Digits
 from diffusion_lit.data.folder import Folder
 from diffusion_lit.data.lsun import LSUN
+from diffusion_lit.data.masks import CentreHole, LaMaMasks, MaskFiles, Masks
 from diffusion_lit.data.module import ImageData
 from diffusion_lit.data.mvtec import DefectImages, MVTec
 from diffusion_lit.data.prepared import Prepared
@@ -13,17 +16,28 @@ from diffusion_lit.data.source import Source
 __all__ = [
     "CIFAR10",
     "LSUN",
+    "Area",
+    "BSRLight",
+    "Bicubic",
+    "CentreHole",
     "CorruptImage",
     "CorruptImageWarning",
     "DefectImages",
+    "Degradation",
     "Digits",
     "Example",
     "Folder",
+    "Holes",
     "ImageData",
     "ImageDataset",
     "InMemoryImages",
+    "LaMaMasks",
+    "LowResolution",
     "MVTec",
+    "MaskFiles",
+    "Masks",
     "Prepared",
     "Source",
     "Split",
+    "WithMaps",
 ]

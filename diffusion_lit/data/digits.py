@@ -6,18 +6,36 @@ import torch
 from diffusion_lit.data.dataset import ImageDataset, InMemoryImages, Split
 from diffusion_lit.data.source import Source
 
+NUM_IMAGES = 1797
+
 
 class Digits(Source):
     """1,797 handwritten digits, 8 x 8, grey, ten classes; part of scikit-learn.
 
-    The 17 grey levels of the scans are spread over 0 to 255. Each split is the whole set: it is too small to be
-    divided. Scores on it tell whether the code works, not how well a model generalises. By default it is not mirrored,
-    because a mirrored digit is not a digit.
+    The 17 grey levels of the scans are spread over 0 to 255. By default each split is the whole set, which is small:
+    scores then tell whether the code works, not how well a model generalises. It is not mirrored by default, because a
+    mirrored digit is not a digit.
+
+    Args:
+        held_out: The last images of the set, which are the validation and the test images and are not trained on; 0:
+            each split is the whole set.
+
+    Raises:
+        ValueError: If no image is left to train on.
 
     Source: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits, the UCI test set.
     """
 
     flips = False
+    held_out: int = 0
+
+    def __init__(self, held_out: int = 0) -> None:
+        if not 0 <= held_out < NUM_IMAGES:
+            raise ValueError(
+                f"held_out={held_out} must lie in 0 .. {NUM_IMAGES - 1}, of {NUM_IMAGES} images; set "
+                "--data.source.held_out"
+            )
+        self.held_out = held_out
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -28,10 +46,12 @@ class Digits(Source):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        first = NUM_IMAGES - self.held_out
+        chosen = slice(None) if not self.held_out else slice(first) if split == "train" else slice(first, None)
+        images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
         return InMemoryImages(
             f"Digits {split}",
             torch.from_numpy(images)[:, None],
-            torch.from_numpy(digits.target.astype(np.int64)),
+            torch.from_numpy(digits.target[chosen].astype(np.int64)),
             [str(name) for name in digits.target_names],
         )
