@@ -1,13 +1,18 @@
 """Conditions: from the entries of a batch to the further inputs of a network."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
-from diffusion_lit.codec import Codec
+from diffusion_lit.codec import Codec, Shape
 from diffusion_lit.types import Condition, Part
+
+DrawFn: TypeAlias = Callable[[Sequence[int]], Tensor]
+"""Draws standard normal noise of B images, each of the shape given."""
 
 
 class Conditioner(nn.Module, Part):
@@ -19,10 +24,12 @@ class Conditioner(nn.Module, Part):
     Attributes:
         entries: Entries of an example that it cannot do without, other than its label.
         num_classes: Number of classes, if the conditioner and not the network knows them.
+        roles: Inputs of the network that it makes.
     """
 
     entries: tuple[str, ...] = ()
     num_classes: int | None = None
+    roles: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, given: Condition, codec: Codec) -> Condition:
@@ -47,6 +54,25 @@ class Conditioner(nn.Module, Part):
 
     def check(self, network: nn.Module) -> None:
         """Raises ValueError if the network cannot take these conditions."""
+
+    def shape_of(self, entry: str, image_shape: Shape, latent_shape: Shape) -> Shape:
+        """The shape, (C, H, W), of one of `entries` that is an image.
+
+        Args:
+            entry: Its name.
+            image_shape: Of the model's images.
+            latent_shape: Of what is diffused.
+        """
+        return image_shape if entry == "image" else (1, *image_shape[1:])
+
+    def vary(self, given: Condition, draw: DrawFn) -> Condition:
+        """Adds what is random in the condition when sampling; called before `forward`, by default nothing.
+
+        Args:
+            given: As for `forward`.
+            draw: Draws the images' own noise, which depends on (seed, index) alone.
+        """
+        return given
 
     def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:
         """Called once before a new run, on every process, such as to learn a vocabulary.
@@ -77,6 +103,8 @@ class Labels(Conditioner):
 
     Source: Ho & Salimans 2022, algorithm 1.
     """
+
+    roles = ("label",)
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

@@ -95,6 +95,9 @@ class Edited(Generator):
     def entries(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.model.entries, *self.edit.entries)))
 
+    def shape_of(self, entry: str) -> tuple[int, int, int]:
+        return self.model.shape_of(entry)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         return self.model.losses(batch)
 

@@ -77,6 +77,10 @@ class Generator(System):
         """Entries of an example that images depend on, other than its label; (): none."""
         return ()
 
+    def shape_of(self, entry: str) -> tuple[int, int, int]:
+        """The shape, (C, H, W), of an entry that is an image, a mask or a map."""
+        return self.image_shape if entry == "image" else (1, *self.image_shape[1:])
+
     def conditions(self, data: L.LightningDataModule | None = None, testing: bool = False) -> Conditions:
         """What images show by default: every class in turn, or what examples of the data show.
 

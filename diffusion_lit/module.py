@@ -119,6 +119,9 @@ class DiffusionModule(Generator):
     def entries(self) -> tuple[str, ...]:
         return self.conditioner.entries
 
+    def shape_of(self, entry: str) -> tuple[int, int, int]:
+        return self.conditioner.shape_of(entry, self.image_shape, self.latent_shape)
+
     def execute(self, execution: Execution) -> None:
         self.denoiser.run = execution.of(self.denoiser.network)
 
@@ -192,18 +195,22 @@ class DiffusionModule(Generator):
     def noise(self, indices: Sequence[int], seed: int) -> ImageNoise:
         return self.noise_source.images(seed, indices, self.latent_shape, self.device)
 
-    def bind(self, condition: Condition) -> DenoiseFn:
+    def bind(self, condition: Condition, noise: ImageNoise | None = None) -> DenoiseFn:
         """What samplers call: the denoiser, with guidance if there is any, given this condition.
 
         Args:
             condition: As a batch of the data has it.
+            noise: Of the images, for conditioners that add some to the condition.
 
         Raises:
             ValueError: If a label is out of range, or given to a model without classes.
         """
         if "label" in condition:
             check_labels(condition["label"], self.num_classes)
-        given = self.conditioner({name: value.to(self.device) for name, value in condition.items()}, self.codec)
+        given: Condition = {name: value.to(self.device) for name, value in condition.items()}
+        if noise is not None:
+            given = self.conditioner.vary(given, noise.draw)
+        given = self.conditioner(given, self.codec)
         if self.guidance is None:
             return self.denoiser.bind(given)
         return self.guidance(self.denoiser, given, self.conditioner)
@@ -212,7 +219,7 @@ class DiffusionModule(Generator):
         self, noise: ImageNoise, condition: Condition, sampler: Sampler | None, on_step: StepFn | None = None
     ) -> Tensor:
         sampler = sampler or self.sampler
-        latents = sampler(self.bind(condition), noise.draw(), self.process, noise.draw, on_step)
+        latents = sampler(self.bind(condition, noise), noise.draw(), self.process, noise.draw, on_step)
         return self.finished(latents, condition)
 
     def finished(self, latents: Tensor, condition: Condition) -> Tensor:

@@ -13,7 +13,7 @@ FLOORS: list[set[str]] = [
     {"records", "recorded", "command"},
     {"data", "metrics", "networks", "diffusion"},
     {"checkpoint", "loggers"},
-    {"weights", "requests"},
+    {"weights", "requests", "codecs", "conditioners"},
     {"system"},
     {"generator"},
     {"module", "prediction"},

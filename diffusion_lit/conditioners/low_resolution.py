@@ -1,0 +1,115 @@
+"""Super-resolution: the network is given the image at a lower resolution."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusion_lit.codec import Codec, Shape
+from diffusion_lit.conditioner import DrawFn
+from diffusion_lit.conditioners.spatial import Spatial
+from diffusion_lit.diffusion import DiscreteProcess, Process
+from diffusion_lit.types import Condition
+
+NOISE = "low_res_noise"
+"""The entry that holds the noise of an image when sampling."""
+
+
+class NoiseAugmentation:
+    """Diffuses low-resolution images a little, so that the network forgives the errors of the stage before it.
+
+    In training to a random time, in sampling to a fixed one.
+
+    Args:
+        most: Largest time in training, in (0, 1] of the process; 1 as in the paper's untruncated variant.
+        level: Time in sampling, in [0, most]; searched for after training.
+        told: Whether the network is given the time, as one more channel, of which every pixel is the time.
+        process: Diffuses them.
+
+    Raises:
+        ValueError: If a time is out of range.
+
+    Source: Ho et al. 2021 (cascaded diffusion models), section 4.2. There the time has an embedding of its own.
+    """
+
+    def __init__(
+        self, most: float = 0.5, level: float = 0.1, told: bool = True, process: Process = DiscreteProcess()
+    ) -> None:
+        if not 0 < most <= 1 or not 0 <= level <= most:
+            raise ValueError(
+                f"conditioner.augmentation: 0 <= level={level} <= most={most} <= 1 and most > 0 must hold; set "
+                "--model.conditioner.augmentation.level"
+            )
+        self.most = most
+        self.level = level
+        self.told = told
+        self.process = process
+
+
+class LowResolution(Spatial):
+    """Gives the network `low_res`, enlarged bilinearly.
+
+    Args:
+        factor: How many times it is enlarged: to the size of what is diffused. 1: it has that size already, as where
+            latents are as many times smaller than images.
+        channels: Of the images.
+        augmentation: Noise of the low-resolution images; None: there is none.
+        dropout: See `Spatial`.
+
+    Raises:
+        ValueError: If a number is below 1.
+
+    Source: Dhariwal & Nichol 2021, section 4.2 and table 13; Rombach et al. 2022, section 4.4, for factor 1.
+    """
+
+    entries = ("low_res",)
+
+    def __init__(
+        self,
+        factor: int = 4,
+        channels: int = 3,
+        augmentation: NoiseAugmentation | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dropout)
+        if factor < 1 or channels < 1:
+            raise ValueError(f"conditioner.factor={factor} and conditioner.channels={channels} must be at least 1")
+        self.factor = factor
+        self.channels = channels
+        self.augmentation = augmentation
+
+    def shape_of(self, entry: str, image_shape: Shape, latent_shape: Shape) -> Shape:
+        return self.channels, latent_shape[1] // self.factor, latent_shape[2] // self.factor
+
+    def vary(self, given: Condition, draw: DrawFn) -> Condition:
+        if self.augmentation is None or "low_res" not in given:
+            return given
+        return {**given, NOISE: draw(given["low_res"].shape[1:])}
+
+    def concat(self, given: Condition, codec: Codec) -> Tensor:
+        low = given["low_res"]
+        if low.shape[1] != self.channels:
+            raise ValueError(
+                f"low_res: {low.shape[1]} channels, and the conditioner has {self.channels}; set "
+                "--model.conditioner.channels"
+            )
+        time = None if self.augmentation is None else self._times(self.augmentation, low)
+        if self.augmentation is not None and time is not None:
+            low = self.augmentation.process.perturb(low, self._noise(given), time).to(low.dtype)
+        if self.factor > 1:
+            low = F.interpolate(low, scale_factor=self.factor, mode="bilinear", align_corners=False)
+        if self.augmentation is not None and self.augmentation.told and time is not None:
+            channel = time.to(low.dtype).view(-1, 1, 1, 1).expand(-1, 1, *low.shape[2:])
+            low = torch.cat([low, channel], 1)
+        return low
+
+    def _times(self, augmentation: NoiseAugmentation, low: Tensor) -> Tensor:
+        if self.training:
+            return augmentation.most * torch.rand(len(low), device=low.device, dtype=torch.float64)
+        return torch.full((len(low),), augmentation.level, device=low.device, dtype=torch.float64)
+
+    def _noise(self, given: Condition) -> Tensor:
+        if self.training:
+            return torch.randn_like(given["low_res"])
+        if NOISE not in given:
+            raise ValueError("LowResolution: its noise is drawn with that of the images, and here there is none")
+        return given[NOISE]
