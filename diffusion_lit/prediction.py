@@ -6,13 +6,18 @@ from typing import cast
 
 import lightning.pytorch as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from diffusion_lit.data.pictures import kept_texts, picture_files, read_images, read_maps, read_masks
 from diffusion_lit.generator import Generator, check_labels
+from diffusion_lit.images import scaled
 from diffusion_lit.requests import Conditions, Given, Request, Requests
 from diffusion_lit.text import encode_text
 
 BATCH = 64
+OPTIONS = {"image": "--image", "low_res": "--image", "mask": "--mask", "map": "--map", "caption": "--prompts"}
+"""By which option each entry is asked for."""
 
 
 def asked_requests(
@@ -43,6 +48,9 @@ def asked_conditions(
     per_class: int | None = None,
     prompts: Sequence[str] | None = None,
     prompts_file: str | None = None,
+    image: str | None = None,
+    mask: str | None = None,
+    map: str | None = None,
 ) -> Conditions | None:
     """What was asked for by name; None: nothing in particular.
 
@@ -52,9 +60,12 @@ def asked_conditions(
         per_class: See `parse_labels`.
         prompts: Texts, one for each image.
         prompts_file: Instead, a file with one on each line.
+        image: A file, or a folder of images that are made from one each, in the order of their paths.
+        mask: Likewise, masks: white where holes are.
+        map: Likewise, maps of classes.
 
     Raises:
-        ValueError: If the model cannot be asked for that, or two of them exclude each other.
+        ValueError: If the model cannot be asked for that, two of them exclude each other, or something is missing.
     """
     entries = model.entries if isinstance(model, Generator) else ()
     num_classes = model.num_classes if isinstance(model, Generator) else None
@@ -69,7 +80,65 @@ def asked_conditions(
         **({} if numbers is None else {"label": torch.tensor(numbers)}),
         **({} if texts is None else {"caption": encode_text(texts)}),
     }
-    return Given(given) if given else None
+    given = {**asked_pictures(model, image, mask, map), **given}
+    missing = [name for name in entries if name not in given]
+    if given and missing:
+        options = dict.fromkeys(OPTIONS.get(name, f"data with {name}") for name in missing)
+        raise ValueError(f"the model makes images from {' and '.join(entries)}; give {' and '.join(options)} too")
+    return Given(in_turn(given)) if given else None
+
+
+def in_turn(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Repeats entries, (N, ...) each with an N of its own, so that all have as many as the longest."""
+    count = max(map(len, given.values()))
+    return {name: value[torch.arange(count) % len(value)] for name, value in given.items()}
+
+
+def asked_pictures(model: L.LightningModule, image: str | None, mask: str | None, map: str | None) -> dict[str, Tensor]:
+    """Images, masks and maps asked for by their files, as a model takes them, and what `predict` wrote into them.
+
+    An image is the low-resolution image of models that take one.
+
+    Args:
+        model: Is to make the images.
+        image: See `asked_conditions`, as for the others.
+        mask: Likewise.
+        map: Likewise.
+
+    Raises:
+        ValueError: If the model takes no such thing, or a file cannot be used.
+    """
+    entries = model.entries if isinstance(model, Generator) else ()
+    of_image = next((name for name in ("image", "low_res") if name in entries), "image")
+    given: dict[str, Tensor] = {}
+    for path, name, option, read in (
+        (image, of_image, "image", read_images),
+        (mask, "mask", "mask", read_masks),
+        (map, "map", "map", read_maps),
+    ):
+        if path is None:
+            continue
+        if not isinstance(model, Generator) or name not in entries:
+            taken = " and ".join(entries) or "noise alone"
+            raise ValueError(
+                f"{option}={path}: the model makes images from {taken}; leave it out, or choose an --edit that takes it"
+            )
+        files = picture_files(path, option)
+        given[name] = read(files, model.shape_of(name))
+        if option == "image":
+            given |= kept_conditions(model, files)
+    return scaled(given)
+
+
+def kept_conditions(model: Generator, files: Sequence[Path]) -> dict[str, Tensor]:
+    """The classes and texts that `predict` has written into its images, of those that a model takes."""
+    found: dict[str, Tensor] = {}
+    labels = kept_texts(files, "label") if model.num_classes is not None else None
+    if labels is not None:
+        found["label"] = torch.tensor([int(label) for label in labels])
+        check_labels(found["label"], model.num_classes)
+    texts = kept_texts(files, "caption") if "caption" in model.entries else None
+    return found if texts is None else {**found, "caption": encode_text(texts)}
 
 
 def parse_prompts(prompts: Sequence[str] | None, prompts_file: str | None) -> list[str] | None:

@@ -231,6 +231,9 @@ class Trainer(L.Trainer):
         per_class: int | None = None,
         prompts: list[str] | None = None,
         prompts_file: str | None = None,
+        image: str | None = None,
+        mask: str | None = None,
+        map: str | None = None,
         edit: Edit | None = None,
         animate: Literal["x0", "x_t"] | None = None,
     ) -> None:
@@ -252,6 +255,10 @@ class Trainer(L.Trainer):
             per_class: Instead of labels, so many images of every class, class by class; the grid has one row a class.
             prompts: Texts, for models that take them: image i shows the i-th.
             prompts_file: Instead, a file with one text on each line.
+            image: A file, or a folder such as an earlier prediction's: image i is made from the i-th, in the order of
+                paths, and after the last from the first again. For models of low resolution it is the small image.
+            mask: Likewise, a file or folder of masks, white where something is to be filled in.
+            map: Likewise, a file or folder of maps, palette or grey PNG files whose values are classes.
             edit: Another way to make images with the same model.
             animate: Whether to write an animated PNG too, in which the first 16 images come about: the clean image as
                 predicted at each step (x0), or the noisy one (x_t).
@@ -262,7 +269,7 @@ class Trainer(L.Trainer):
         with held_weights(model, ckpt_path, weights):
             if edit is not None:
                 model = Edited.of(model, edit)
-            conditions = asked_conditions(model, labels, per_class, prompts, prompts_file)
+            conditions = asked_conditions(model, labels, per_class, prompts, prompts_file, image, mask, map)
             if conditions is None and isinstance(model, Generator) and model.entries:
                 conditions = model.conditions(datamodule)
             requests = asked_requests(conditions, num_images, batch_size, seed)

@@ -1,0 +1,182 @@
+"""What `predict` is asked for by pictures: images, masks and maps, and the images of an earlier stage."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from diffusion_lit.conditioner import Labels
+from diffusion_lit.conditioners import Joint, LowResolution, MaskedImage, SemanticMap
+from diffusion_lit.edit import Edited
+from diffusion_lit.methods.repaint import Replacement
+from diffusion_lit.methods.sdedit import SDEdit
+from diffusion_lit.prediction import asked_conditions
+from tests import tiny
+from tests.test_conditioners import model
+
+
+def save(path: Path, array: Any, **texts: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path, pnginfo=info)
+    return path
+
+
+def levels(count: int, size: int = 8) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (size, size)) for _ in range(count)]
+
+
+def hole(size: int = 8) -> np.ndarray:
+    """White on the right."""
+    mask = np.zeros((size, size))
+    mask[:, size // 2 :] = 255
+    return mask
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def predict(place: Path, made: Any, **options: Any) -> list[np.ndarray]:
+    tiny.trainer(place).predict(made, out=str(place / "out"), npz=False, **options)
+    return [read(path) for path in sorted((place / "out").glob("*.png"))]
+
+
+@pytest.mark.parametrize("way", ["trained for it", "replacement"])
+def test_known_pixels_of_files_are_equal_in_the_png_files(tmp_path: Path, way: str) -> None:
+    pictures = levels(3)
+    for number, picture in enumerate(pictures):
+        save(tmp_path / "images" / f"{number}.png", picture)
+    mask = save(tmp_path / "mask.png", hole())
+    options = {"image": str(tmp_path / "images"), "mask": str(mask)}
+    found = (
+        predict(tmp_path, model(MaskedImage(), 2), **options)
+        if way == "trained for it"
+        else predict(tmp_path, tiny.module(), edit=Replacement(), **options)
+    )
+    assert len(found) == 3
+    for made, picture in zip(found, pictures, strict=True):
+        assert np.array_equal(made[:, :4], picture[:, :4])
+        assert not np.array_equal(made[:, 4:], picture[:, 4:])
+
+
+def test_one_image_with_several_masks_and_the_other_way_round(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.png", levels(1)[0])
+    for number in range(2):
+        save(tmp_path / "masks" / f"{number}.png", np.rot90(hole(), number))
+    given = asked_conditions(model(MaskedImage(), 2), image=str(image), mask=str(tmp_path / "masks"))
+    assert given is not None
+    assert len(given) == 2
+    found = given(torch.arange(3))
+    assert torch.equal(found["image"][0], found["image"][1])
+    assert not torch.equal(found["mask"][0], found["mask"][1])
+    assert torch.equal(found["mask"][0], found["mask"][2])
+    assert found["mask"][0, 0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_a_cascade_goes_on_from_the_folder_of_the_stage_before_by_number_and_class(tmp_path: Path) -> None:
+    """The next stage's image i is made from image i of the folder, of the class that is written into it."""
+    base = model(Labels(), 0, 4, num_classes=10)
+    predict(tmp_path / "base", base, labels="3,7,1")
+    stage = model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)
+    options: dict[str, Any] = {"image": str(tmp_path / "base" / "out"), "seed": 4}
+    found = predict(tmp_path / "next", stage, **options)
+    assert len(found) == 3
+    with Image.open(tmp_path / "next" / "out" / "000001.png") as image:
+        assert image.info["label"] == "7"
+    given = asked_conditions(stage, image=options["image"])
+    assert given is not None
+    condition = given(torch.tensor([1]))
+    assert condition["label"].tolist() == [7]
+    stored = torch.from_numpy(read(tmp_path / "base" / "out" / "000001.png").astype(np.float32)) / 127.5 - 1
+    torch.testing.assert_close(condition["low_res"][0, 0], stored)
+    alone = stage.sample([1], seed=4, condition=condition)
+    expected = ((alone[0, 0] + 1) * 127.5).round().clamp(0, 255)
+    assert float((expected - torch.from_numpy(found[1].astype(np.float32))).abs().max()) <= 1
+
+
+def test_other_classes_than_those_of_the_stage_before_can_be_asked_for(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", levels(1, 4)[0], label="3")
+    stage = model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)
+    for labels, expected in ((None, [3, 3]), ("5,6", [5, 6])):
+        given = asked_conditions(stage, labels=labels, image=str(tmp_path / "a.png"))
+        assert given is not None
+        assert given(torch.arange(2))["label"].tolist() == expected
+
+
+def test_maps_of_files_are_what_images_show(tmp_path: Path) -> None:
+    array = np.arange(64).reshape(8, 8) % 5
+    image = Image.fromarray(array.astype(np.uint8), "L").convert("P")
+    image.save(tmp_path / "map.png")
+    given = asked_conditions(model(SemanticMap(5, 0), 3), map=str(tmp_path / "map.png"))
+    assert given is not None
+    assert given(torch.tensor([7]))["map"][0, 0].tolist() == array.tolist()
+
+
+def test_colours_are_converted_to_those_of_the_model(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", np.full((8, 8, 3), [10, 20, 30]))
+    given = asked_conditions(Edited(tiny.module(), SDEdit()), image=str(tmp_path / "a.png"))
+    assert given is not None
+    assert given(torch.tensor([0]))["image"].shape == (1, 1, 8, 8)
+
+
+def wrong(tmp_path: Path) -> dict[str, str]:
+    """Files that can be read, and what is wrong with each for one model or another."""
+    save(tmp_path / "four.png", np.zeros((4, 4)))
+    save(tmp_path / "eight.png", np.zeros((8, 8)))
+    save(tmp_path / "wide.png", np.zeros((8, 9)))
+    save(tmp_path / "hole.png", hole())
+    save(tmp_path / "label.png", np.zeros((4, 4)), label="12")
+    save(tmp_path / "map.png", np.full((8, 8), 7))
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    return {path.stem: str(path) for path in tmp_path.iterdir()}
+
+
+MASKED = lambda: model(MaskedImage(), 2)  # noqa: E731
+LOW = lambda: model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (MASKED, {"image": "eight", "mask": "four"}, "mask .* has 4 x 4 pixels, and the image 8 x 8; resize it"),
+        (MASKED, {"image": "eight", "mask": "eight"}, "mask .* has no hole"),
+        (MASKED, {"image": "eight"}, "makes images from image and mask; give --mask too"),
+        (MASKED, {"mask": "hole"}, "makes images from image and mask; give --image too"),
+        (MASKED, {"image": "wide", "mask": "hole"}, "image .* has 9 x 8 pixels, and the model takes 8 x 8; resize it"),
+        (MASKED, {"image": "text", "mask": "hole"}, "cannot be read as an image"),
+        (MASKED, {"image": "empty", "mask": "hole"}, "has no images in it"),
+        (MASKED, {"image": "nowhere", "mask": "hole"}, "image=nowhere: there is no such file or folder"),
+        (LOW, {"image": "eight"}, "image .* has 8 x 8 pixels, and the model takes 4 x 4"),
+        (LOW, {"image": "label"}, r"labels: 12 must lie in 0 \.\. 9"),
+        (LOW, {"labels": "3"}, "makes images from low_res; give --image too"),
+        (
+            LOW,
+            {"image": "four", "mask": "hole"},
+            "mask=.*: the model makes images from low_res; leave it out, or choose",
+        ),
+        (tiny.module, {"image": "eight"}, "image=.*: the model makes images from noise alone; leave it out"),
+        (lambda: model(SemanticMap(5, 0), 3), {"map": "four"}, "map .* has 4 x 4 pixels, and the model takes 8 x 8"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_in_one_line(
+    tmp_path: Path, make: Any, options: dict[str, str], message: str
+) -> None:
+    files = wrong(tmp_path)
+    asked: dict[str, Any] = {name: files.get(value, value) for name, value in options.items()}
+    with pytest.raises(ValueError, match=message) as refusal:
+        asked_conditions(make(), **asked)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_map_with_other_classes_than_the_model_s_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="map: class 7, and the model has 5, from 0 to 4"):
+        predict(tmp_path, model(SemanticMap(5, 0), 3), map=wrong(tmp_path)["map"])
