@@ -25,10 +25,11 @@ from diffusion_lit.data import Digits, Holes, ImageData
 from diffusion_lit.data import LowResolution as LowResolutionOf
 from diffusion_lit.diffusion import DDIM, ClassifierFree, DiscreteProcess
 from diffusion_lit.images import to_uint8
+from diffusion_lit.methods.repaint import Replacement
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet
 from diffusion_lit.types import Condition
-from tests import tiny
+from tests import forked, tiny
 
 
 class Halves(Codec):
@@ -285,3 +286,29 @@ def test_a_resumed_run_is_bit_exact(task: str, tmp_path: Path) -> None:
     a, b = (tiny.load(tiny.last(tmp_path / name)) for name in ("whole", "parts"))
     for name in ("state_dict", "current_model_state", "averages", "optimizer_states"):
         assert tiny.identical(a[name], b[name])
+
+
+def generate(place: Path, **kwargs: Any) -> None:
+    """Six images of every task, and of an editing method, in batches of two, from the examples of the data."""
+    for task, (make, concat, source) in TASKS.items():
+        trainer = tiny.trainer(place, 1, [], logger=False, **kwargs)
+        out = str(place / task)
+        trainer.predict(model(make(), concat), ImageData(source), num_images=6, batch_size=2, seed=5, out=out)
+    trainer = tiny.trainer(place, 1, [], logger=False, **kwargs)
+    data, out = ImageData(Holes(Digits())), str(place / "edit")
+    trainer.predict(tiny.module(), data, num_images=6, batch_size=2, out=out, edit=Replacement(2))
+
+
+def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
+    """The sampler's own noise, that of the condition and that of replacement come from the image's number."""
+    for name, call in (
+        ("one", lambda: generate(tmp_path / "one")),
+        ("two", lambda: forked.in_two(lambda: generate(tmp_path / "two", devices=2, strategy="ddp"))),
+    ):
+        (tmp_path / name).mkdir()
+        child = forked.fork(call, tmp_path / f"{name}.txt")
+        assert forked.wait(child) == 0, (tmp_path / f"{name}.txt").read_text()[-3000:]
+    for task in (*TASKS, "edit"):
+        one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / task).glob("*.png")} for n in ("one", "two"))
+        assert len(one) == 6
+        assert one == two
