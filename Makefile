@@ -34,7 +34,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-fast demo-anomaly train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision bench-modes test test-slow lint format clean
+.PHONY: help install lock demo demo-fast demo-anomaly demo-tasks train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision bench-modes test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -89,6 +89,16 @@ demo-anomaly: $(READY) ## find defects in embedded digits with simplex and with 
 			--trainer.devices 1 || exit 1; \
 	done
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.anomaly runs/anomaly_digits_simplex runs/anomaly_digits_gaussian
+
+TASK_FIT = OMP_NUM_THREADS=1 $(RUN) fit -c $(1) $(CPU) --trainer.default_root_dir runs/tasks/$(2) $(ARGS)
+
+demo-tasks: $(READY) ## super-resolution, inpainting and editing of embedded digits, scored on held-out ones; minutes on a CPU
+	@rm -rf runs/tasks
+	$(call TASK_FIT,features/digits,features) --data.source.held_out 397
+	$(call TASK_FIT,superresolution_digits,superresolution)
+	$(call TASK_FIT,inpainting_digits,inpainting)
+	$(call TASK_FIT,digits,digits) --data.source.held_out 397
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tasks runs/tasks
 
 train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto (0: CPU); further options in ARGS="--key value"
 	$(RUN) fit -c $(CONFIG) $(DEVICES) $(ARGS)
