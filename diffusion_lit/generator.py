@@ -81,6 +81,10 @@ class Generator(System):
         """The shape, (C, H, W), of an entry that is an image, a mask or a map."""
         return self.image_shape if entry == "image" else (1, *self.image_shape[1:])
 
+    def takes(self, entry: str, shape: tuple[int, int, int]) -> bool:
+        """Whether an entry may have a shape, (C, H, W): by default the one of `shape_of` alone."""
+        return shape == self.shape_of(entry)
+
     def conditions(self, data: L.LightningDataModule | None = None, testing: bool = False) -> Conditions:
         """What images show by default: every class in turn, or what examples of the data show.
 

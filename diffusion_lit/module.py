@@ -122,6 +122,24 @@ class DiffusionModule(Generator):
     def shape_of(self, entry: str) -> tuple[int, int, int]:
         return self.conditioner.shape_of(entry, self.image_shape, self.latent_shape)
 
+    def takes(self, entry: str, shape: tuple[int, int, int]) -> bool:
+        """Whether an entry may have a shape: also one for which latents have another size that the network takes."""
+        own = self.shape_of(entry)
+        multiple = getattr(self.denoiser.network, "size_multiple", None)
+        if shape == own or multiple is None or shape[0] != own[0]:
+            return shape == own
+        sizes = zip(shape[1:], own[1:], self.latent_shape[1:], strict=True)
+        return all(n > 0 and n * latent % (usual * multiple) == 0 for n, usual, latent in sizes)
+
+    def _shape_for(self, condition: Condition) -> tuple[int, int, int]:
+        """The shape of latents of the size that a condition has; `latent_shape` where none of it has a size."""
+        channels, height, width = self.latent_shape
+        for name in self.entries:
+            if name in condition and condition[name].ndim == 4:
+                usual, given = self.shape_of(name)[1:], condition[name].shape[2:]
+                return channels, height * given[0] // usual[0], width * given[1] // usual[1]
+        return self.latent_shape
+
     def execute(self, execution: Execution) -> None:
         self.denoiser.run = execution.of(self.denoiser.network)
 
@@ -219,6 +237,7 @@ class DiffusionModule(Generator):
         self, noise: ImageNoise, condition: Condition, sampler: Sampler | None, on_step: StepFn | None = None
     ) -> Tensor:
         sampler = sampler or self.sampler
+        noise.shape = self._shape_for(condition)
         latents = sampler(self.bind(condition, noise), noise.draw(), self.process, noise.draw, on_step)
         return self.finished(latents, condition)
 

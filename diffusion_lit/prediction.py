@@ -1,15 +1,17 @@
 """What `predict` is asked for: which images, and what they show."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffusion_lit.data.pictures import kept_texts, picture_files, read_images, read_maps, read_masks
+from diffusion_lit.data.pictures import Size, kept_texts, picture_files, read_images, read_maps, read_masks
 from diffusion_lit.generator import Generator, check_labels
 from diffusion_lit.images import scaled
 from diffusion_lit.requests import Conditions, Given, Request, Requests
@@ -124,9 +126,18 @@ def asked_pictures(model: L.LightningModule, image: str | None, mask: str | None
                 f"{option}={path}: the model makes images from {taken}; leave it out, or choose an --edit that takes it"
             )
         files = picture_files(path, option)
-        given[name] = read(files, model.shape_of(name))
+        usual = model.shape_of(name)
+        given[name] = read(files, Size(usual, partial(model.takes, name)))
+        if given[name].shape[1:] != usual:
+            height, width = given[name].shape[2:]
+            rank_zero_info(
+                f"{option}={path}: {width} x {height} pixels, where the model was trained with {usual[2]} x {usual[1]}"
+            )
         if option == "image":
             given |= kept_conditions(model, files)
+    if "mask" in given and "image" in given and given["mask"].shape[2:] != given["image"].shape[2:]:
+        (height, width), (h, w) = given["mask"].shape[2:], given["image"].shape[2:]
+        raise ValueError(f"mask={mask} has {width} x {height} pixels, and the image {w} x {h}; resize it")
     return scaled(given)
 
 

@@ -111,10 +111,12 @@ class Network(nn.Module, Part):
     Attributes:
         image_size: Height and width of the images.
         in_channels: Channels of the images.
+        size_multiple: Whose multiples other heights and widths are that it takes too; None: it takes no others.
     """
 
     image_size: int
     in_channels: int
+    size_multiple: int | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:

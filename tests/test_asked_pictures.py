@@ -133,21 +133,26 @@ def wrong(tmp_path: Path) -> dict[str, str]:
     save(tmp_path / "eight.png", np.zeros((8, 8)))
     save(tmp_path / "wide.png", np.zeros((8, 9)))
     save(tmp_path / "hole.png", hole())
+    save(tmp_path / "small.png", hole(4))
     save(tmp_path / "label.png", np.zeros((4, 4)), label="12")
     save(tmp_path / "map.png", np.full((8, 8), 7))
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
+    save(tmp_path / "both" / "a.png", np.zeros((4, 4)))
+    save(tmp_path / "both" / "eight.png", np.zeros((8, 8)))
     return {path.stem: str(path) for path in tmp_path.iterdir()}
 
 
+EDITED = lambda: Edited(tiny.module(), Replacement())  # noqa: E731
 MASKED = lambda: model(MaskedImage(), 2)  # noqa: E731
+LARGE = lambda: model(LowResolution(1, 1), 1)  # noqa: E731
 LOW = lambda: model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)  # noqa: E731
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (MASKED, {"image": "eight", "mask": "four"}, "mask .* has 4 x 4 pixels, and the image 8 x 8; resize it"),
+        (MASKED, {"image": "eight", "mask": "small"}, "mask=.* has 4 x 4 pixels, and the image 8 x 8; resize it"),
         (MASKED, {"image": "eight", "mask": "eight"}, "mask .* has no hole"),
         (MASKED, {"image": "eight"}, "makes images from image and mask; give --mask too"),
         (MASKED, {"mask": "hole"}, "makes images from image and mask; give --image too"),
@@ -155,7 +160,9 @@ LOW = lambda: model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)  
         (MASKED, {"image": "text", "mask": "hole"}, "cannot be read as an image"),
         (MASKED, {"image": "empty", "mask": "hole"}, "has no images in it"),
         (MASKED, {"image": "nowhere", "mask": "hole"}, "image=nowhere: there is no such file or folder"),
-        (LOW, {"image": "eight"}, "image .* has 8 x 8 pixels, and the model takes 4 x 4"),
+        (LARGE, {"image": "wide"}, "image .* has 9 x 8 pixels, and the model takes 8 x 8; resize it"),
+        (LOW, {"image": "both"}, "image .*eight.png has 8 x 8 pixels, and the first 4 x 4; make them in several"),
+        (EDITED, {"image": "four", "mask": "hole"}, "image .* has 4 x 4 pixels, and the model takes 8 x 8; resize it"),
         (LOW, {"image": "label"}, r"labels: 12 must lie in 0 \.\. 9"),
         (LOW, {"labels": "3"}, "makes images from low_res; give --image too"),
         (
@@ -164,7 +171,7 @@ LOW = lambda: model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)  
             "mask=.*: the model makes images from low_res; leave it out, or choose",
         ),
         (tiny.module, {"image": "eight"}, "image=.*: the model makes images from noise alone; leave it out"),
-        (lambda: model(SemanticMap(5, 0), 3), {"map": "four"}, "map .* has 4 x 4 pixels, and the model takes 8 x 8"),
+        (lambda: model(SemanticMap(5, 0), 3), {"map": "wide"}, "map .* has 9 x 8 pixels, and the model takes 8 x 8"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_in_one_line(
@@ -180,3 +187,19 @@ def test_what_cannot_be_asked_for_is_refused_in_one_line(
 def test_a_map_with_other_classes_than_the_model_s_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="map: class 7, and the model has 5, from 0 to 4"):
         predict(tmp_path, model(SemanticMap(5, 0), 3), map=wrong(tmp_path)["map"])
+
+
+def test_a_convolutional_network_makes_images_of_other_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the size of the condition; pixels that are known stay so, and each image is that of its number."""
+    picture, mask = levels(1, 16)[0][:12], hole(16)[:12]
+    image, holes = save(tmp_path / "image.png", picture), save(tmp_path / "mask.png", mask)
+    [found] = predict(tmp_path / "holes", model(MaskedImage(), 2), image=str(image), mask=str(holes))
+    assert found.shape == (12, 16)
+    assert np.array_equal(found[:, :8], picture[:, :8])
+    stage = model(LowResolution(2, 1), 1)
+    assert predict(tmp_path / "low", stage, image=str(image))[0].shape == (24, 32)
+    assert "16 x 12 pixels, where the model was trained with 4 x 4" in caplog.text
+    condition = {"low_res": torch.rand(3, 1, 6, 4) - 0.5}
+    three = stage.sample(range(3), seed=1, condition=condition)
+    one = stage.sample([2], seed=1, condition={"low_res": condition["low_res"][2:]})
+    torch.testing.assert_close(one, three[2:], atol=1e-5, rtol=0)

@@ -8,13 +8,13 @@ from diffusion_lit.codec import Codec, Shape
 from diffusion_lit.conditioner import DrawFn
 from diffusion_lit.conditioners.spatial import Spatial
 from diffusion_lit.diffusion import DiscreteProcess, Process
-from diffusion_lit.types import Condition
+from diffusion_lit.types import Condition, Part
 
 NOISE = "low_res_noise"
 """The entry that holds the noise of an image when sampling."""
 
 
-class NoiseAugmentation:
+class NoiseAugmentation(Part):
     """Diffuses low-resolution images a little, so that the network forgives the errors of the stage before it.
 
     In training to a random time, in sampling to a fixed one.

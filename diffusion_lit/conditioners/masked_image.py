@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from diffusion_lit.codec import Codec, Shape
 from diffusion_lit.conditioners.spatial import Spatial
-from diffusion_lit.types import Condition
+from diffusion_lit.types import Condition, Part
 
 
-class MaskConvention:
+class MaskConvention(Part):
     """How a network is told of holes; published networks differ in all of it.
 
     Args:

@@ -1,7 +1,7 @@
 """From an image to the same image at a lower resolution."""
 
 import io
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -11,11 +11,13 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion_lit.types import Part
+
 INTERPOLATIONS = ("bilinear", "bicubic", "area")
 """OpenCV's interpolations 1, 2 and 3, none of which antialiases; torch computes the same, but for edges of areas."""
 
 
-class Degradation(ABC):
+class Degradation(Part):
     """Makes low-resolution images."""
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Masks: which pixels of an image are known, and which are holes to be filled."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffusion_lit.data.folder import find
+from diffusion_lit.types import Part
 
 DRAWN_AT = 256
 """Height and width in pixels of the images that lengths of drawn masks are given for."""
 
 
-class Masks(ABC):
+class Masks(Part):
     """Gives each image a mask."""
 
     @abstractmethod
@@ -121,27 +122,29 @@ class MaskFiles(Masks):
             self._files = [root / name for name in find(root).images] if root.is_dir() else []
         if not self._files:
             raise ValueError(f"masks.folder={self.folder}: no images there; set --data.source.masks.folder")
-        return read_mask(self._files[index % len(self._files)], size, size)
+        path = self._files[index % len(self._files)]
+        mask = read_mask(path)
+        if mask.shape[1:] != (size, size):
+            raise ValueError(
+                f"mask {path} has {mask.shape[2]} x {mask.shape[1]} pixels, and the images {size} x {size}; resize it"
+            )
+        return mask
 
 
-def read_mask(path: Path, height: int, width: int) -> Tensor:
+def read_mask(path: Path) -> Tensor:
     """Reads a mask: white, or any grey from 128 on, is a hole; as published inpainting programs have it.
 
     Returns:
-        uint8, (1, height, width): 1 where pixels are known.
+        uint8, (1, H, W): 1 where pixels are known.
 
     Raises:
-        ValueError: If the file cannot be read, has another size or no hole; the message is one line.
+        ValueError: If the file cannot be read or has no hole; the message is one line.
     """
     try:
         with Image.open(path) as image:
             array = np.array(image.convert("L"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
-    if array.shape != (height, width):
-        raise ValueError(
-            f"mask {path} has {array.shape[1]} x {array.shape[0]} pixels, and the image {width} x {height}; resize it"
-        )
     mask = torch.from_numpy((array < 128).astype(np.uint8))[None]
     if mask.all():
         raise ValueError(f"mask {path} has no hole: nothing in it is white; white is what is to be filled")

@@ -1,6 +1,7 @@
-"""Images, masks and maps from files, of exactly the size that a model takes."""
+"""Images, masks and maps from files, of a size that a model takes; sizes are not changed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,57 +35,61 @@ def picture_files(path: str, option: str) -> list[Path]:
     return [place]
 
 
-def read_images(files: Sequence[Path], shape: Shape) -> Tensor:
-    """Reads images of one size.
+@dataclass(frozen=True)
+class Size:
+    """What size pictures must have.
 
-    Args:
-        files: At least one.
-        shape: (C, H, W) that they must have; colours are converted, sizes are not.
+    Attributes:
+        usual: (C, H, W), for messages and for the colours, which are converted.
+        fits: Whether a model takes a shape.
+    """
 
-    Returns:
-        uint8, (N, C, H, W).
+    usual: Shape
+    fits: Callable[[Shape], bool]
+
+
+def read_images(files: Sequence[Path], size: Size) -> Tensor:
+    """Reads images, at least one, all of one size: uint8, (N, C, H, W).
 
     Raises:
         ValueError: If one cannot be read or has another size.
     """
-    return torch.stack([_read_image(path, shape) for path in files])
+    return _stack([(path, _read_image(path, size.usual[0])) for path in files], size, "image", "resize it")
 
 
-def _read_image(path: Path, shape: Shape) -> Tensor:
-    channels, height, width = shape
+def _read_image(path: Path, channels: int) -> Tensor:
     try:
         source = sixteen_bits.load(path.read_bytes())
         image = in_colour(upright(source, source), channels)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    if image.size != (width, height):
-        raise ValueError(
-            f"image {path} has {image.width} x {image.height} pixels, and the model takes {width} x {height}; resize it"
-        )
-    return torch.from_numpy(np.array(image).reshape(height, width, channels).transpose(2, 0, 1).copy())
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels).transpose(2, 0, 1).copy())
 
 
-def read_masks(files: Sequence[Path], shape: Shape) -> Tensor:
+def read_masks(files: Sequence[Path], size: Size) -> Tensor:
     """Reads masks, white where holes are: uint8, (N, 1, H, W), 1 where pixels are known; see `read_mask`."""
-    return torch.stack([read_mask(path, *shape[1:]) for path in files])
+    return _stack([(path, read_mask(path)) for path in files], size, "mask", "resize it")
 
 
-def read_maps(files: Sequence[Path], shape: Shape) -> Tensor:
+def read_maps(files: Sequence[Path], size: Size) -> Tensor:
     """Reads maps of classes: uint8, (N, 1, H, W).
 
     Raises:
         ValueError: If one cannot be read, is no map or has another size.
     """
-    maps = []
-    for path in files:
-        found = read_map(path)
-        if found.shape[1:] != shape[1:]:
-            raise ValueError(
-                f"map {path} has {found.shape[2]} x {found.shape[1]} pixels, and the model takes {shape[2]} x "
-                f"{shape[1]}; resize it by nearest neighbours"
-            )
-        maps.append(found)
-    return torch.stack(maps)
+    return _stack([(path, read_map(path)) for path in files], size, "map", "resize it by nearest neighbours")
+
+
+def _stack(pictures: Sequence[tuple[Path, Tensor]], size: Size, what: str, remedy: str) -> Tensor:
+    first = pictures[0][1].shape
+    for path, picture in pictures:
+        found = f"{what} {path} has {picture.shape[2]} x {picture.shape[1]} pixels"
+        channels, height, width = picture.shape
+        if not size.fits((channels, height, width)):
+            raise ValueError(f"{found}, and the model takes {size.usual[2]} x {size.usual[1]}; {remedy}")
+        if picture.shape != first:
+            raise ValueError(f"{found}, and the first {first[2]} x {first[1]}; make them in several predictions")
+    return torch.stack([picture for _, picture in pictures])
 
 
 def kept_texts(files: Sequence[Path], name: str) -> list[str] | None:

@@ -1,6 +1,6 @@
 """What is known of an image, as an orthogonal projection P, and how it is put into predictions: x + P (y - x)."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lit.diffusion.process import Process, expand
-from diffusion_lit.types import Condition, DenoiseFn, Prediction
+from diffusion_lit.types import Condition, DenoiseFn, Part, Prediction
 
 Projection = Callable[[Tensor], Tensor]
 """What is known of images, (B, C, H, W), as images of the same shape; linear, and its own square."""
@@ -77,7 +77,7 @@ def with_known(denoise: DenoiseFn, process: Process, known: Projection, y: Tenso
     return merged
 
 
-class Known(ABC):
+class Known(Part):
     """What is known of images that are to be completed.
 
     Attributes:
@@ -90,7 +90,7 @@ class Known(ABC):
     def projection(self, given: Condition) -> Projection:
         """The projection for some images, of which `entries` are given, (B, ...) each."""
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:  # noqa: B027
+    def check(self, image_shape: tuple[int, int, int]) -> None:
         """Raises ValueError if this cannot be known of images of this shape, (C, H, W)."""
 
 

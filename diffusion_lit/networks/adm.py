@@ -48,6 +48,7 @@ class ADMUNet(Encoder, Network):
         has_null_label: The argument `null_label`.
         context_width: The argument.
         concat_channels: The argument.
+        size_multiple: 2^(number of multipliers - 1); attention is at the levels of `image_size`.
 
     Raises:
         ValueError: If the image size cannot be halved often enough, channels cannot be divided into groups or
@@ -103,6 +104,7 @@ class ADMUNet(Encoder, Network):
         super().__init__(image_size, in_channels, width, multipliers, num_blocks, attention, layers, concat_channels)
         self.context_width = context_width
         self.concat_channels = concat_channels
+        self.size_multiple = 2 ** (len(multipliers) - 1)
         self.checkpoint_blocks = checkpoint_blocks
         self.num_classes = num_classes
         self.has_null_label = null_label

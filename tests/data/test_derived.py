@@ -161,19 +161,19 @@ def test_white_is_a_hole_in_files_and_image_i_has_file_i_modulo_their_number(tmp
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.full((4, 5), 255), r"mask .* has 5 x 4 pixels, and the image 4 x 4; resize it"),
+        (np.full((4, 5), 255), r"mask .* has 5 x 4 pixels, and the images 4 x 4; resize it"),
         (np.zeros((4, 4)), r"mask .* has no hole: nothing in it is white"),
     ],
 )
 def test_masks_of_another_size_or_without_holes_are_refused(tmp_path: Path, array: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_mask(save(tmp_path / "m.png", array), 4, 4)
+        MaskFiles(str(save(tmp_path / "m.png", array).parent))(0, 4, generator_of(0, 0))
 
 
 def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="cannot be read as a mask"):
-        read_mask(tmp_path / "m.png", 4, 4)
+        read_mask(tmp_path / "m.png")
     with pytest.raises(ValueError, match=r"no images there; set --data\.source\.masks\.folder"):
         MaskFiles(str(tmp_path / "none"))(0, 4, generator_of(0, 0))
 
