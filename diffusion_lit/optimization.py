@@ -1,12 +1,15 @@
 """The optimiser and the learning-rate schedule that a configuration asks for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, empty_like
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+
+TORCH_ERRORS = (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError, AttributeError, AssertionError)
+"""What torch raises for settings that it does not take."""
 
 
 def optimization(
@@ -14,6 +17,7 @@ def optimization(
     make_optimizer: Callable[[Iterable[Parameter]], Optimizer],
     make_lr_scheduler: Callable[[Optimizer], LRScheduler] | None,
     batch_size: int | None = None,
+    key: str = "optimizer",
 ) -> dict[str, Any]:
     """An optimiser, with its learning rate scheduled by steps, in the form that `configure_optimizers` returns.
 
@@ -22,18 +26,73 @@ def optimization(
         make_optimizer: Makes the optimiser from them.
         make_lr_scheduler: Makes the schedule from the optimiser; None: the learning rate is constant.
         batch_size: Images per optimiser step, for schedules that count images.
+        key: The argument of the system that the optimiser is from, such as "discriminator_optimizer".
 
     Raises:
-        ValueError: That names the key, if torch refuses a setting, or a schedule counts images of unknown number.
+        ValueError: That names the key, if torch refuses a setting, a schedule counts images of unknown number, needs a
+            score, or starts elsewhere than at its beginning.
     """
-    optimizer: Any = named_errors("optimizer", lambda: make_optimizer(parameters))
+    optimizer: Any = named_errors(key, lambda: make_optimizer(parameters))
     optimizer.register_load_state_dict_post_hook(keep_layout)
     if make_lr_scheduler is None:
         return {"optimizer": optimizer}
-    scheduler = named_errors("lr_scheduler", lambda: make_lr_scheduler(optimizer))
+    name = schedule_key(key)
+    scheduler = named_errors(name, lambda: schedule(make_lr_scheduler, optimizer))
+    for inner in schedules(scheduler):
+        if type(inner) is CosineAnnealingLR:
+            inner.__class__ = HeldCosine
     if isinstance(scheduler, ImageWarmup):
         scheduler.set_batch_size(batch_size)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def schedule_key(key: str) -> str:
+    """The argument of a system that makes the schedule of the optimiser of an argument."""
+    return key.replace("optimizer", "lr_scheduler")
+
+
+def schedules(scheduler: Any) -> Iterator[Any]:
+    """A schedule and those that it is made of."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from schedules(inner)
+
+
+def schedule(make: Callable[[Optimizer], LRScheduler], optimizer: Optimizer) -> LRScheduler:
+    """Makes a schedule.
+
+    Raises:
+        ValueError: If it cannot be advanced step by step from the first step on.
+    """
+    try:
+        scheduler = make(optimizer)
+    except KeyError as error:
+        if "last_epoch" not in str(error):
+            raise
+        raise ValueError(
+            "last_epoch must be -1: a run that continues finds its place in the schedule itself; leave it out"
+        ) from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau follows a score, and the learning rate is a function of the step here; choose another "
+            "schedule, such as CosineAnnealingLR"
+        )
+    short = [inner.T_max for inner in schedules(scheduler) if isinstance(inner, CosineAnnealingLR) and inner.T_max < 1]
+    if short:
+        raise ValueError(f"T_max={short[0]}, the step at which the schedule ends, must be at least 1")
+    return scheduler
+
+
+class HeldCosine(CosineAnnealingLR):
+    """`CosineAnnealingLR`, except that the learning rate stays at its end after `T_max` instead of rising again.
+
+    Source: Loshchilov & Hutter 2017 (SGDR), eq. 5, without restarts.
+    """
+
+    def get_lr(self) -> list[float | Tensor]:
+        if self.last_epoch > self.T_max:
+            return [group["lr"] for group in self.optimizer.param_groups]
+        return super().get_lr()
 
 
 class ImageWarmup(LRScheduler):
@@ -76,8 +135,8 @@ def named_errors(key: str, make: Callable[[], Any]) -> Any:
     """Returns what `make` returns; its errors begin with the key."""
     try:
         return make()
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"model.{key}: {error}") from error
+    except TORCH_ERRORS as error:
+        raise ValueError(f"model.{key}: {error.args[0] if error.args else type(error).__name__}") from error
 
 
 def keep_layout(optimizer: Optimizer) -> None:

@@ -50,6 +50,8 @@ class System(Weighted):
 
     predicts: ClassVar[bool] = False
     """Whether `predict` can be called."""
+    optimizer_keys: ClassVar[tuple[str, ...]] = ("optimizer",)
+    """The arguments that make the optimisers, in the order of `configure_optimizers`."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from diffusion_lit.callbacks.changes import ChangedOptions
 from diffusion_lit.callbacks.checkpoints import save
 from diffusion_lit.callbacks.image_writer import ImageWriter
 from diffusion_lit.callbacks.progress import one_bar
@@ -83,8 +84,9 @@ class Trainer(L.Trainer):
         given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]
-        if isinstance(kwargs.get("callbacks"), list):
-            kwargs["callbacks"] = one_bar(kwargs["callbacks"], kwargs.get("enable_progress_bar"))
+        callbacks = kwargs.get("callbacks") or []
+        callbacks = one_bar(callbacks if isinstance(callbacks, list) else [callbacks], kwargs.get("enable_progress_bar"))
+        kwargs["callbacks"] = [ChangedOptions(), *callbacks]
         if gradient_clip_val is not None and not gradient_clip_val >= 0:
             raise ValueError(
                 f"trainer.gradient_clip_val={gradient_clip_val} must be at least 0; 0 or null to clip nothing"

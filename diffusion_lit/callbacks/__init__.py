@@ -1,5 +1,6 @@
 """What happens beside the training step."""
 
+from diffusion_lit.callbacks.changes import ChangedOptions
 from diffusion_lit.callbacks.checkpoints import Checkpoints
 from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.callbacks.image_writer import ImageWriter
@@ -10,6 +11,7 @@ from diffusion_lit.callbacks.scalars import Scalars
 
 __all__ = [
     "EMA",
+    "ChangedOptions",
     "Checkpoints",
     "ImageWriter",
     "Plots",

@@ -72,6 +72,7 @@ class DDGAN(Generator):
     """
 
     sampler: Sampler
+    optimizer_keys = ("optimizer", "discriminator_optimizer")
 
     def __init__(
         self,
@@ -147,6 +148,7 @@ class DDGAN(Generator):
                 self.discriminator.parameters(),
                 self.make_discriminator_optimizer,
                 self.make_discriminator_lr_scheduler,
+                key=self.optimizer_keys[1],
             ),
         ]
 

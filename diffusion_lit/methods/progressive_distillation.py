@@ -63,6 +63,7 @@ class LinearByStage(LambdaLR):
             return max(0.0, 1 - (step - starts[stage]) / lengths[stage])
 
         super().__init__(optimizer, factor)
+        self.stages = list(lengths)
 
 
 def two_steps(denoise: DenoiseFn, x_t: Tensor, process: Process, t: Tensor, middle: Tensor, s: Tensor) -> Tensor:
