@@ -355,13 +355,16 @@ def instantiate(tree: Mapping[str, Any], base: type[Part], trust: Collection[str
 
 
 def class_paths(tree: Any) -> list[str]:
-    """All class paths in a configuration."""
+    """All class paths in a configuration, and where these classes are defined."""
     if isinstance(tree, list):
         return [path for value in tree for path in class_paths(value)]
     if not isinstance(tree, Mapping):
         return []
     inner = [path for value in tree.values() for path in class_paths(value)]
-    return [*inner, tree["class_path"]] if "class_path" in tree else inner
+    if "class_path" not in tree:
+        return inner
+    part = import_part(tree["class_path"])
+    return [*inner, tree["class_path"], f"{part.__module__}.{part.__qualname__}"]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins import _PLUGIN_INPUT
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -70,3 +71,8 @@ def rewind_to_step(checkpoint: dict[str, Any], accumulate: int) -> None:
     validation = loop["epoch_loop.val_loop.batch_progress"]
     for progress in (validation["total"], validation["current"]):
         progress.update(dict.fromkeys(progress, 0))
+
+
+def timer_interval(timer: Timer) -> str:
+    """When a `Timer` looks at the clock: "step" or "epoch"."""
+    return str(getattr(timer._interval, "value", timer._interval))

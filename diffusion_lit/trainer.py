@@ -36,6 +36,7 @@ from diffusion_lit.locks import locked
 from diffusion_lit.loggers import bind_loggers, resume_loggers
 from diffusion_lit.prediction import Generation, asked_conditions, asked_requests, make_room
 from diffusion_lit.system import System
+from diffusion_lit.trainer_options import check_callbacks, check_options, check_processes, place_checkpoints
 
 LOCK_PATIENCE = 60.0
 """Seconds that a run waits for another one in its directory, which may be ending."""
@@ -76,16 +77,14 @@ class Trainer(L.Trainer):
         if not process_timeout > 0:
             raise ValueError(f"trainer.process_timeout={process_timeout} must be above 0 seconds")
         self.execution = Execution(channels_last, compile, cuda_graphs)
-        interval = kwargs.get("val_check_interval")
-        if isinstance(interval, float) and kwargs.get("check_val_every_n_epoch", 1) is None:
-            raise ValueError(
-                f"trainer.val_check_interval={interval} must be a whole number of batches: epochs are not counted"
-            )
+        kwargs = {"max_epochs": -1, "check_val_every_n_epoch": None, **kwargs}
+        check_options({"plugins": plugins, **kwargs})
         given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]
         callbacks = kwargs.get("callbacks") or []
         callbacks = one_bar(callbacks if isinstance(callbacks, list) else [callbacks], kwargs.get("enable_progress_bar"))
+        check_callbacks(callbacks, kwargs)
         kwargs["callbacks"] = [ChangedOptions(), *callbacks]
         if gradient_clip_val is not None and not gradient_clip_val >= 0:
             raise ValueError(
@@ -95,6 +94,8 @@ class Trainer(L.Trainer):
         """Read by `System`, which clips, with one optimiser and with several; Lightning is not told."""
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
+        check_processes(self, plugins)
+        place_checkpoints(callbacks_of(self), Path(self.default_root_dir))
         bind_loggers(self)
         if not self.accumulate_grad_batches or self.accumulate_grad_batches < 1:
             raise ValueError(f"trainer.accumulate_grad_batches={self.accumulate_grad_batches} must be at least 1")
@@ -287,7 +288,7 @@ class Trainer(L.Trainer):
             if other is None:
                 other = Generation(requests), ImageWriter(directory, requests, npz, per_class, animate)
             batches, writer = other
-            callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
+            callbacks = callbacks_of(self)
             callbacks.append(writer)
             try:
                 super().predict(model, datamodule=batches, return_predictions=False)
@@ -310,6 +311,11 @@ class Trainer(L.Trainer):
         problem = save(self, os.fspath(filepath), bool(weights_only))
         if problem is not None:
             rank_zero_warn(f"{problem}; training continues")
+
+
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The callbacks of a trainer, as it holds them."""
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
 def initialize(model: L.LightningModule, path: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = "diffusion_lit"
 FLOORS: list[set[str]] = [
     {"types", "text", "lightning", "upgrade", "averaging", "execution", "optimization", "stepping", "parts", "locks"},
-    {"codec", "frozen", "images", "memory", "recipes", "configuration"},
+    {"codec", "frozen", "images", "memory", "recipes", "configuration", "trainer_options"},
     {"conditioner"},
     {"records", "recorded", "command"},
     {"data", "metrics", "networks", "diffusion"},
