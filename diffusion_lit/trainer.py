@@ -36,7 +36,13 @@ from diffusion_lit.locks import locked
 from diffusion_lit.loggers import bind_loggers, resume_loggers
 from diffusion_lit.prediction import Generation, asked_conditions, asked_requests, make_room
 from diffusion_lit.system import System
-from diffusion_lit.trainer_options import check_callbacks, check_options, check_processes, place_checkpoints
+from diffusion_lit.trainer_options import (
+    check_callbacks,
+    check_device,
+    check_options,
+    check_processes,
+    place_checkpoints,
+)
 
 LOCK_PATIENCE = 60.0
 """Seconds that a run waits for another one in its directory, which may be ending."""
@@ -95,6 +101,7 @@ class Trainer(L.Trainer):
         kwargs["use_distributed_sampler"] = False
         super().__init__(*args, plugins=given, **kwargs)
         check_processes(self, plugins)
+        check_device(self, kwargs)
         place_checkpoints(callbacks_of(self), Path(self.default_root_dir))
         bind_loggers(self)
         if not self.accumulate_grad_batches or self.accumulate_grad_batches < 1:

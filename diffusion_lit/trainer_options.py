@@ -224,6 +224,12 @@ def _check_model_checkpoint(callback: ModelCheckpoint) -> None:
         )
 
 
+def check_device(trainer: L.Trainer, options: Mapping[str, Any]) -> None:
+    """Raises ValueError if an option needs another device than a trainer uses."""
+    if options.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise ValueError("trainer.sync_batchnorm=True is not supported on a CPU, where torch has none; leave it out")
+
+
 def place_checkpoints(callbacks: Iterable[Callback], run_dir: Path) -> None:
     """Lets `ModelCheckpoint` write into the run's folder of checkpoints where it names no other."""
     for callback in callbacks:
