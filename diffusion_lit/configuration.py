@@ -97,7 +97,11 @@ class Merge:
             return [*below[:-1], self.value(slot, below[-1], above, key, depth + 1)]
         if kind.bases and (isinstance(above, Mapping) or (isinstance(above, str) and str not in kind.scalars)):
             return self._part(slot, kind, below, above, key, depth)
+        if type(above) in (int, float) and kind.items and not kind.accepts(above):
+            above = [above]
         if isinstance(above, list) and kind.items:
+            if kind.length not in (None, len(above)):
+                raise self._error(f"{key}={above}", f"must be {kind.length} values")
             item = replace(slot, hint=_union(kind.items))
             return [self.value(item, MISSING, v, f"{key}[{i}]", depth + 1) for i, v in enumerate(above)]
         if isinstance(above, Mapping) and kind.values and kind.parts and not slot.plain:
@@ -106,8 +110,6 @@ class Merge:
             return old | {
                 n: self.value(item, old.get(n, MISSING), v, f"{key}.{n}", depth + 1) for n, v in above.items()
             }
-        if type(above) in (int, float) and kind.items and type(above) not in kind.scalars:
-            above = [above]
         if kind.function or (slot.plain and kind.anything):
             for text in _texts(above):
                 if "." in text and _PATH.fullmatch(text):
@@ -115,7 +117,15 @@ class Merge:
         value = self._plain(above, key, depth)
         if not kind.accepts(value):
             raise self._error(f"{key}={'null' if value is None else repr(value)}", f"must be {kind}")
+        if type(value) is int and float not in kind.scalars and not kind.anything:
+            self._require_size(value, key)
         return value
+
+    def _require_size(self, value: int, key: str) -> None:
+        """Refuses sizes and counts that no machine has; seeds and steps may be larger."""
+        name = key.rpartition(".")[2]
+        if abs(value) >= 2**31 and "seed" not in name and not name.endswith("_steps"):
+            raise self._error(f"{key}={value}", "must be below 2^31 = 2147483648")
 
     def _section(self, slot: Slot, below: Any, above: Any, key: str, depth: int) -> Any:
         if above is None:

@@ -15,6 +15,8 @@ VAGUE_ERRORS = (TypeError, RuntimeError, ZeroDivisionError, OverflowError)
 """Those whose messages do not make sense without their names."""
 OTHER_ERRORS = (LookupError, AttributeError, AssertionError, ImportError, SyntaxError, NameError)
 """Errors that are the user's where another package raises them, for what it was given, and bugs where this one does."""
+LONG = 300
+"""Characters of the longest word that is quoted in full."""
 _PACKAGE = "diffusion_lit"
 _OF_A_PART = re.compile(r"^  - (?!Expected a )(?:Problem with given class_path '.*':\s)?((?:.*\n)(?: {4}.*\n)*)", re.M)
 """Where an argument takes several types, the parser joins the errors of all of them: that of a part is to the point."""
@@ -23,7 +25,8 @@ _WRAPPERS = ("jsonargparse", "lightning.pytorch.utilities.combined_loader")
 
 def fail(message: str) -> NoReturn:
     """Ends the program with a one-line error, which names the process where there are several."""
-    line = " ".join(message.replace("init_args.", "").split())
+    line = " ".join(word if len(word) <= LONG else f"{word[:LONG]}..." for word in message.split())
+    line = line.replace("init_args.", "")
     sys.stderr.write(f"diffusion_lit: error: {which_process()}{line}\n")
     sys.stderr.flush()
     raise SystemExit(2)
@@ -49,7 +52,7 @@ def report(error: Exception) -> NoReturn:
     text = str(cause)
     if is_of_another_process(cause):
         fail(f"another process has failed or does not answer, see its own error ({' '.join(text.split())[:200]})")
-    if isinstance(cause, MemoryError):
+    if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and "can't allocate memory" in text):
         fail(f"there is not enough memory ({text or 'MemoryError'}); use smaller batches or a smaller network")
     if isinstance(cause, ModuleNotFoundError) and not str(cause.name).startswith(_PACKAGE):
         fail(f"{text}; install it with pip, or choose another part")

@@ -1,6 +1,7 @@
 """The program: its commands, its help, and how it ends. What a command needs is imported when it runs."""
 
 import os
+import resource
 import select
 import signal
 import sys
@@ -29,6 +30,8 @@ TOOLS: dict[str, tuple[str, str]] = {
     "reference": ("diffusion_lit.tools.reference", "compute the statistics of real images that scores compare with"),
 }
 """Commands that need no Trainer: the module whose `main` takes the words after the name."""
+ADDRESS_SPACE = 4 * 10**9
+"""Bytes of virtual memory that the imports need; most of it is never used."""
 HELP = """usage: diffusion_lit COMMAND [-c RECIPE] [--ckpt_path CHECKPOINT] [--key value ...]
 
 Trains diffusion models, samples from them and scores them.
@@ -107,10 +110,22 @@ def _run(words: list[str]) -> None:
         if not name:
             raise SystemExit(2)
     elif name in TOOLS:
+        require_address_space()
         import_module(TOOLS[name][0]).main(words[1:])
     else:
+        require_address_space()
         _import_torchmetrics()
         import_module("diffusion_lit.cli").run(words)
+
+
+def require_address_space() -> None:
+    """Ends the program in one line if this process may not have the virtual memory that PyTorch's libraries need."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE:
+        fail(
+            f"the address space of this process is limited to {limit / 1e9:.1f} GB, and PyTorch needs at least "
+            f"{ADDRESS_SPACE / 1e9:.0f} GB of it; raise the limit with `ulimit -v unlimited`, or that of the job"
+        )
 
 
 def _import_torchmetrics() -> None:

@@ -33,6 +33,7 @@ def optimization(
             score, or starts elsewhere than at its beginning.
     """
     optimizer: Any = named_errors(key, lambda: make_optimizer(parameters))
+    check_capturable(optimizer, key)
     optimizer.register_load_state_dict_post_hook(keep_layout)
     if make_lr_scheduler is None:
         return {"optimizer": optimizer}
@@ -56,6 +57,13 @@ def schedules(scheduler: Any) -> Iterator[Any]:
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):
         yield from schedules(inner)
+
+
+def check_capturable(optimizer: Optimizer, key: str) -> None:
+    """Raises ValueError if an optimiser is to be captured in CUDA graphs and its parameters are not on a GPU."""
+    for group in optimizer.param_groups:
+        if group.get("capturable") and not all(parameter.is_cuda for parameter in group["params"]):
+            raise ValueError(f"model.{key}.capturable=True needs parameters on a GPU; leave it out")
 
 
 def schedule(make: Callable[[Optimizer], LRScheduler], optimizer: Optimizer) -> LRScheduler:

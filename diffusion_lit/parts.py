@@ -52,6 +52,7 @@ class Takes:
         values: Types of a dictionary's values; empty where it takes no dictionary.
         scalars: Its plain types, such as int and str.
         choices: Its plain values, where it takes some values only.
+        length: How many items a list must have; None: any number.
         function: Whether it takes a function or a class as such, by import path.
         anything: Whether it has no type.
     """
@@ -62,6 +63,7 @@ class Takes:
     values: tuple[Any, ...] = ()
     scalars: frozenset[type] = frozenset()
     choices: tuple[Any, ...] = ()
+    length: int | None = None
     function: bool = False
     anything: bool = False
 
@@ -115,7 +117,10 @@ def takes(hint: Any) -> Takes:
     if inspect.isclass(origin) and issubclass(origin, Mapping):
         return Takes(values=arguments[1:] or (Any,))
     if inspect.isclass(origin) and issubclass(origin, Iterable):
-        return Takes(items=tuple(a for a in arguments if a is not Ellipsis) or (Any,))
+        fixed = origin is tuple and Ellipsis not in arguments
+        return Takes(
+            length=len(arguments) if fixed else None, items=tuple(a for a in arguments if a is not Ellipsis) or (Any,)
+        )
     if hint in (Any, object) or not inspect.isclass(hint):
         return Takes(anything=True)
     if issubclass(hint, Mapping | tuple | list | set):
@@ -129,6 +134,7 @@ def takes(hint: Any) -> Takes:
 
 
 def _together(members: list[Takes]) -> Takes:
+    lists = [member for member in members if member.items]
     return Takes(
         bases=tuple(base for member in members for base in member.bases),
         given=max(member.given for member in members),
@@ -136,6 +142,7 @@ def _together(members: list[Takes]) -> Takes:
         values=tuple(hint for member in members for hint in member.values),
         scalars=frozenset().union(*(member.scalars for member in members)),
         choices=tuple(choice for member in members for choice in member.choices),
+        length=lists[0].length if len(lists) == 1 else None,
         function=any(member.function for member in members),
         anything=any(member.anything for member in members),
     )

@@ -12,6 +12,9 @@ from diffusion_lit.data import ImageData
 from diffusion_lit.data.dataset import Split
 from diffusion_lit.types import Condition
 
+MOST_IMAGES = 100_000_000
+"""More than a directory takes."""
+
 
 class Conditions(ABC):
     """What images show: image i has condition i modulo N."""
@@ -128,6 +131,8 @@ class Requests(Dataset[Request]):
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{prefix}{name}={value} must be at least 1")
+        if num_images > MOST_IMAGES:
+            raise ValueError(f"{prefix}num_images={num_images} must be at most {MOST_IMAGES}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"{prefix}seed={seed} must lie in 0 .. 2^64 - 1")
         self.num_images = num_images

@@ -46,6 +46,8 @@ from diffusion_lit.trainer_options import (
 
 LOCK_PATIENCE = 60.0
 """Seconds that a run waits for another one in its directory, which may be ending."""
+LONGEST = 1e9
+"""Seconds that one process may wait for another; some 30 years."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -80,8 +82,10 @@ class Trainer(L.Trainer):
         cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
-        if not process_timeout > 0:
-            raise ValueError(f"trainer.process_timeout={process_timeout} must be above 0 seconds")
+        if type(process_timeout) not in (int, float) or not 0 < process_timeout <= LONGEST:
+            raise ValueError(
+                f"trainer.process_timeout={process_timeout} must be above 0 seconds, and at most {LONGEST:.0f}"
+            )
         self.execution = Execution(channels_last, compile, cuda_graphs)
         kwargs = {"max_epochs": -1, "check_val_every_n_epoch": None, **kwargs}
         check_options({"plugins": plugins, **kwargs})

@@ -66,6 +66,7 @@ CALLBACKS: dict[type[Callback], str] = {
 """Callbacks that are refused, with their subclasses."""
 STRATEGIES = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+MOST_PROCESSES = 2**16
 NO_STEP = ("", "4294967290", "4294967291")
 """What SLURM calls the step of a batch script's or an interactive shell's own processes."""
 
@@ -117,6 +118,10 @@ def _check_time(value: Any) -> None:
 
 
 def _check_machine(options: Mapping[str, Any]) -> None:
+    for name in ("devices", "num_nodes"):
+        count = options.get(name, 1)
+        if type(count) is int and count > MOST_PROCESSES:
+            raise ValueError(f"trainer.{name}={count} must be at most {MOST_PROCESSES}")
     accelerator, strategy = options.get("accelerator", "auto"), options.get("strategy", "auto")
     if not isinstance(accelerator, CPUAccelerator | CUDAAccelerator) and accelerator not in ACCELERATORS:
         raise ValueError(

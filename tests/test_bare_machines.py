@@ -50,6 +50,30 @@ def bare(tmp_path: Path, repository: Path) -> Iterator[Bare]:
     os.rmdir(short)
 
 
+@pytest.mark.parametrize("limit", ["500_000_000", "3_900_000_000"])
+@pytest.mark.parametrize("command", ["fit", "predict", "import", "prepare"])
+def test_too_little_address_space_is_one_line(repository: Path, command: str, limit: str) -> None:
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
+        f"from diffusion_lit.main import main; main(['{command}'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("diffusion_lit: error: the address space of this process is limited to ")
+    assert "ulimit -v unlimited" in line
+
+
+@pytest.mark.parametrize("home", [None, "/nowhere", "/dev/null", ""])
+def test_a_home_that_is_not_there_does_not_matter(repository: Path, tmp_path: Path, home: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    environment |= {"PYTHONPATH": str(repository), **({} if home is None else {"HOME": home})}
+    command = [sys.executable, "-m", "diffusion_lit", *fit_args(tmp_path / "run", max_steps=1)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert tiny.last(tmp_path / "run").is_file()
+
+
 def folder(root: Path) -> list[str]:
     """A folder of images, and the options that read it by worker processes."""
     (root / "cats").mkdir(parents=True)

@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import callbacks as C
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import FSDPStrategy
 
 from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Scalars
@@ -246,7 +246,7 @@ def test_a_run_whose_time_is_up_continues_exactly(tmp_path: Path, plain: dict[st
         def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
             if trainer.global_step == 2:
                 timer = next(c for c in trainer.callbacks if isinstance(c, C.Timer))  # type: ignore[attr-defined]
-                timer._offset = 1e9
+                timer._offset = 10**9
 
     stopped = fit(tmp_path, END, [Slow()], max_time={"hours": 1})
     assert stopped.global_step == 3

@@ -17,6 +17,8 @@ from diffusion_lit.data.stream import Key, OnePass, TrainingStream
 from diffusion_lit.images import scaled
 from diffusion_lit.types import Batch, Part
 
+MOST_IMAGES = 2**24
+"""The largest batch; its indices alone take a second to draw."""
 SPATIAL = ("image", "map", "low_res", "mask")
 """Entries of a batch that are mirrored together."""
 
@@ -62,6 +64,8 @@ class ImageData(L.LightningDataModule, Part):
     ) -> None:
         super().__init__()
         at_least("batch_size", batch_size, 1)
+        if batch_size > MOST_IMAGES:
+            raise ValueError(f"batch_size={batch_size} must be at most {MOST_IMAGES}; set --data.batch_size")
         at_least("num_workers", num_workers, 0)
         at_least("seed", seed, 0)
         if eval_batch_size is not None:

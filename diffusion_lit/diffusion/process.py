@@ -19,6 +19,9 @@ from torch import Tensor
 from diffusion_lit.diffusion.schedule import Linear, Schedule
 from diffusion_lit.types import Part
 
+MOST_STEPS = 1_000_000
+"""Entries of the longest chain; tables of this length take megabytes."""
+
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """Shapes a coefficient, (), (B,) or already that of x, so that it multiplies x, (B, ...), in the dtype of x."""
@@ -121,7 +124,7 @@ class DiscreteProcess(Process):
             every T, except in its class-conditional and upsampling models, where the network receives k - 1.
 
     Raises:
-        ValueError: If num_steps or network_steps < 1, or a beta does not lie in (0, 1).
+        ValueError: If num_steps or network_steps < 1 or num_steps > `MOST_STEPS`, or a beta does not lie in (0, 1).
 
     Source: Ho et al. 2020, section 2.
     """
@@ -129,8 +132,8 @@ class DiscreteProcess(Process):
     num_steps: int
 
     def __init__(self, num_steps: int = 1000, schedule: Schedule = Linear(), network_steps: int | None = None) -> None:
-        if num_steps < 1:
-            raise ValueError(f"process.num_steps={num_steps} must be at least 1; DDPM uses 1000")
+        if not 1 <= num_steps <= MOST_STEPS:
+            raise ValueError(f"process.num_steps={num_steps} must lie in 1 .. {MOST_STEPS}; DDPM uses 1000")
         if network_steps is not None and network_steps < 1:
             raise ValueError(
                 f"process.network_steps={network_steps} must be at least 1; leave it out to give the network k - 1"

@@ -69,6 +69,10 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+MOST_BLOCKS = 1000
+"""More than anyone has trained; each takes time to make and memory."""
+
+
 def check_shape(
     network: str,
     image_size: int,
@@ -102,6 +106,8 @@ def check_shape(
     for name, count in {"num_blocks": num_blocks, **ends}.items():
         if count < 1:
             raise ValueError(f"{network}: {name}={count} must be at least 1")
+    if num_blocks > MOST_BLOCKS:
+        raise ValueError(f"{network}: num_blocks={num_blocks} must be at most {MOST_BLOCKS}")
     halvings = len(multipliers) - 1
     if image_size < 1 or image_size % 2**halvings:
         raise ValueError(

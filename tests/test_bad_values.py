@@ -1,0 +1,137 @@
+"""Values that no option takes, for every option of a recipe: one line that names the key, or the run starts.
+
+Nothing is trained: the model, the data and the trainer are made.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion_lit import cli
+from diffusion_lit.configuration import Merge
+from diffusion_lit.errors import LONG, report
+from diffusion_lit.requests import Requests
+from diffusion_lit.parts import signature
+from diffusion_lit.trainer import Trainer
+from tests import tiny
+from tests.test_changed_options import make, one
+from tests.test_cli import CPU, SMALL, tree
+
+VALUES = ["null", "0", "-1", str(10**19), "1e400", ".nan", "x" * 5000, "[]"]
+RECIPES = ["digits", "ddgan_digits", "cifar10"]
+
+
+def options(config: Any, key: str = "") -> Iterator[str]:
+    """The keys of all values in a configuration."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            inner = key if name == "init_args" else f"{key}.{name}" if key else name
+            if name != "class_path":
+                yield from options(value, inner)
+    else:
+        yield key
+
+
+def refusal(make: Callable[[], object]) -> str | None:
+    """The message with which something is refused; None if it is not."""
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def outcome(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """What a command line that is not run ends with: nothing, or its one line."""
+    capfd.readouterr()
+    try:
+        cli.CLI.parts(args)
+    except Exception as error:
+        with pytest.raises(SystemExit) as end:
+            report(error)
+        said = capfd.readouterr().err
+        assert end.value.code == 2, (args[-1], said)
+        assert "Traceback" not in said
+        [line] = [line for line in said.splitlines() if line.startswith("diffusion_lit: error: ")]
+        return line
+    return ""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_value_of_another_kind_than_an_option_s_is_refused_by_its_key(recipe: str) -> None:
+    below = tree("fit", "-c", recipe)
+    slots = cli.command_slots("fit")
+    keys = [*options(below), *(f"trainer.{name}" for name in signature(Trainer).slots)]
+    assert len(keys) > 100
+    refused = 0
+    for key in keys:
+        for value in VALUES:
+            said = refusal(lambda k=key, v=value: Merge(typed=True).sections(below, {k: v}, slots))
+            refused += said is not None
+            assert said is None or re.match(rf"{re.escape(key)}(\[0\])?[=:]", said), (key, value[:20], said[:300])
+    assert refused > len(keys)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("trainer.process_timeout", "null", "trainer.process_timeout=null: must be a number"),
+        ("trainer.process_timeout", "1e30", r"trainer\.process_timeout=1e\+30 must be above 0 seconds, and at most"),
+        ("trainer.max_steps", "null", "trainer.max_steps=null: must be a whole number"),
+        ("trainer.overfit_batches", "null", "trainer.overfit_batches=null: must be"),
+        ("trainer.detect_anomaly", "null", "trainer.detect_anomaly=null: must be true or false"),
+        (
+            "trainer.val_check_interval",
+            "0",
+            "trainer.val_check_interval=0 must be a whole number of batches, at least 1",
+        ),
+        ("trainer.devices", str(10**19), "trainer.devices=10000000000000000000: must be"),
+        ("model.optimizer.lr", "null", "model.optimizer.lr=null: must be a number"),
+        ("model.optimizer.betas", "null", "model.optimizer.betas=null: must be"),
+        ("model.optimizer.betas", "[0.9]", r"model.optimizer.betas=\[0.9\]: must be 2 values"),
+        ("model.optimizer.eps", "null", "model.optimizer.eps=null: must be a number"),
+        ("model.optimizer.weight_decay", "null", "model.optimizer.weight_decay=null: must be a number"),
+        ("model.network.num_blocks", "1000000", "num_blocks=1000000 must be at most"),
+        ("model.network.width", str(10**10), "model.network.width=10000000000: must be below 2.31"),
+        ("model.process.num_steps", str(10**9), "process.num_steps=1000000000 must lie in 1 .. 1000000"),
+        ("data.batch_size", str(10**9), "batch_size=1000000000 must be at most"),
+        ("trainer.logger", "0", r"trainer.logger\[0\]=0: must be Logger"),
+    ],
+)
+def test_a_value_is_refused_with_its_key(option: str, value: str, line: str, capfd: pytest.CaptureFixture[str]) -> None:
+    said = outcome(["fit", "-c", "digits", *SMALL, *CPU, "--trainer.logger", "false", f"--{option}={value}"], capfd)
+    assert re.search(line, said), said
+
+
+@pytest.mark.parametrize(
+    ("system", "line"),
+    [
+        (make(lr=-1.0), r"^model\.optimizer: Invalid learning rate: -1.0"),
+        (make(betas=(0.9, 1.5)), r"^model\.optimizer: Invalid beta parameter"),
+        (make(eps=-1.0), r"^model\.optimizer: Invalid epsilon"),
+        (make(weight_decay=-1.0), r"^model\.optimizer: Invalid weight_decay"),
+        (make(capturable=True), r"^model\.optimizer\.capturable=True needs parameters on a GPU"),
+        (make(arguments={"T_max": 0}), r"^model\.lr_scheduler: T_max=0, .* must be at least 1"),
+        (make(arguments={"T_max": 5, "last_epoch": 3}), r"^model\.lr_scheduler: last_epoch must be -1"),
+    ],
+)
+def test_settings_of_optimisers_are_refused_with_their_key_when_training_starts(
+    system: Any, line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=line):
+        tiny.trainer(tmp_path, 2).fit(one(system), tiny.data())
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_more_images_than_a_directory_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_images=1000000000000000 must be at most"):
+        Requests(10**15, 64)
+
+
+def test_a_long_value_is_quoted_in_part(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report(ValueError(f"key={'x' * 5000} is too long"))
+    assert len(capfd.readouterr().err) < LONG + 100
