@@ -5,6 +5,7 @@ Nothing is trained: the model, the data and the trainer are made.
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_a_value_of_another_kind_than_an_option_s_is_refused_by_its_key(recipe: 
     refused = 0
     for key in keys:
         for value in VALUES:
-            said = refusal(lambda k=key, v=value: Merge(typed=True).sections(below, {k: v}, slots))
+            said = refusal(partial(Merge(typed=True).sections, below, {key: value}, slots))
             refused += said is not None
             assert said is None or re.match(rf"{re.escape(key)}(\[0\])?[=:]", said), (key, value[:20], said[:300])
     assert refused > len(keys)

@@ -643,6 +643,28 @@ def test_a_run_s_configuration_serves_for_another_run(run_dir: Path, tmp_path: P
     assert (tmp_path / "other" / "metrics.jsonl").is_file()
 
 
+def test_a_changed_option_wins_on_resuming_and_another_optimiser_leaves_everything_as_it_was(
+    refused: Callable[[list[str]], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rare = ["--evaluation", "null", "--sample_grid", "null", "--trainer.logger", "Curves", *QUIET]
+    rare = [*rare, "--model.network.width", "16", "--trainer.default_root_dir", str(tmp_path / "run")]
+    fit = ["fit", "-c", "digits", *CPU, *rare, "--ckpt_path", "last", "--trainer.max_steps"]
+    cli.main([*fit, "2"])
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert "--init_from" in refused([*fit, "4", "--model.optimizer", "SGD"])
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    with caplog.at_level("INFO"):
+        cli.main([*fit, "4", "--model.optimizer.lr", "1e-5", "--data.batch_size", "32"])
+    said = [record.getMessage() for record in caplog.records if " -> " in record.getMessage()]
+    assert said == [
+        "data.batch_size: 64 -> 32, from step 3 on",
+        "model.optimizer.lr: 0.002 -> 1e-05, from step 3 on",
+    ]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["init_args"]["batch_size"] == 32
+    [group] = load(last_checkpoint(tmp_path / "run"))["optimizer_states"][0]["param_groups"]
+    assert 0.99e-5 < group["lr"] < 1e-5
+
+
 def test_a_refused_run_leaves_the_configuration_of_the_run_before(run_dir: Path) -> None:
     before = (run_dir / "config.yaml").read_text()
     network = "--model.network.num_blocks"

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 
 from diffusion_lit import lightning as private
@@ -32,6 +33,13 @@ def test_the_content_of_a_checkpoint_can_be_had_without_writing_it(tmp_path: Pat
     assert checkpoint["global_step"] == 1
     assert {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys()
     assert "optimizer_states" not in private.dump_checkpoint(trainer, weights_only=True)
+
+
+def test_a_timer_says_when_it_looks_at_the_clock() -> None:
+    assert [private.timer_interval(Timer("00:01:00:00", interval=name)) for name in ("step", "epoch")] == [
+        "step",
+        "epoch",
+    ]
 
 
 def test_the_signal_handlers_of_a_trainer_can_be_replaced(plain: L.Trainer) -> None:
