@@ -14,8 +14,8 @@ import pytest
 from diffusion_lit import cli
 from diffusion_lit.configuration import Merge
 from diffusion_lit.errors import LONG, report
-from diffusion_lit.requests import Requests
 from diffusion_lit.parts import signature
+from diffusion_lit.requests import Requests
 from diffusion_lit.trainer import Trainer
 from tests import tiny
 from tests.test_changed_options import make, one

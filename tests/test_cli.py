@@ -647,7 +647,7 @@ def test_a_changed_option_wins_on_resuming_and_another_optimiser_leaves_everythi
     refused: Callable[[list[str]], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rare = ["--evaluation", "null", "--sample_grid", "null", "--trainer.logger", "Curves", *QUIET]
-    rare = [*rare, "--model.network.width", "16", "--trainer.default_root_dir", str(tmp_path / "run")]
+    rare = [*rare, "--trainer.default_root_dir", str(tmp_path / "run")]
     fit = ["fit", "-c", "digits", *CPU, *rare, "--ckpt_path", "last", "--trainer.max_steps"]
     cli.main([*fit, "2"])
     before = (tmp_path / "run" / "config.yaml").read_bytes()

@@ -18,6 +18,11 @@ from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Scalars
 from diffusion_lit.trainer import Trainer
 from tests import tiny
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`"),
+]
 CUT, END = 3, 5
 VALIDATED: dict[str, Any] = {"limit_val_batches": 2, "val_check_interval": 2}
 REFUSED: dict[str, list[Any]] = {
