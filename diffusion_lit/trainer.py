@@ -93,7 +93,9 @@ class Trainer(L.Trainer):
         if not any(isinstance(plugin, CheckpointIO) for plugin in given):
             given = [*given, WholeFiles()]
         callbacks = kwargs.get("callbacks") or []
-        callbacks = one_bar(callbacks if isinstance(callbacks, list) else [callbacks], kwargs.get("enable_progress_bar"))
+        callbacks = one_bar(
+            callbacks if isinstance(callbacks, list) else [callbacks], kwargs.get("enable_progress_bar")
+        )
         check_callbacks(callbacks, kwargs)
         kwargs["callbacks"] = [ChangedOptions(), *callbacks]
         if gradient_clip_val is not None and not gradient_clip_val >= 0:
