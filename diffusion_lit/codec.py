@@ -1,6 +1,8 @@
 """Between images and what a generator models: pixels, or the latents of an autoencoder."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -25,15 +27,21 @@ class Codec(Part):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Latents, (B, C', H', W'), of images in [-1, 1], (B, C, H, W)."""
+        """Latents, (B, C', H', W'), of images in [-1, 1], (B, C, H, W); always the same for the same images."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images, (B, C, H, W), nominally in [-1, 1], of latents, (B, C', H', W')."""
 
     def latents(self, batch: Batch) -> Tensor:
-        """Latents, (B, C', H', W'), to train on; a codec may take stored ones from the batch instead of its images."""
+        """Latents, (B, C', H', W'), to train on, with chance in them where the codec has any.
+
+        A codec may take stored ones from the batch instead of its images.
+        """
         return self.encode(batch["image"])
+
+    def check(self, data: L.LightningDataModule | None) -> None:
+        """Raises ValueError if the data carry latents of another codec."""
 
     def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:
         """Called once before a new run, on every process, such as to measure the scale of latents.
@@ -41,6 +49,25 @@ class Codec(Part):
         Args:
             data: What will be trained on.
             device: Where this process trains.
+        """
+
+    def settled(self, carried: bool = False) -> dict[str, Any]:
+        """Arguments of the codec that are known by now, as plain data, for the configuration of a run.
+
+        Args:
+            carried: Whether the configuration goes into a checkpoint beside `state`.
+        """
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint carries besides the codec's buffers, so that it suffices to sample; {}: nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` returned; {} changes nothing.
+
+        Raises:
+            ValueError: If that is of another codec.
         """
 
     @abstractmethod

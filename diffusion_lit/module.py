@@ -1,7 +1,9 @@
 """DiffusionModule: wires process, network, parameterization, objective and sampler, and does nothing else."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as L
@@ -9,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from diffusion_lit.checkpoint import AVERAGED
 from diffusion_lit.codec import Codec, Pixels
 from diffusion_lit.conditioner import Conditioner, Labels
 from diffusion_lit.diffusion import (
@@ -93,6 +96,7 @@ class DiffusionModule(Generator):
         self.noise_source = noise
         self.guidance = guidance
         objective.check(process)
+        codec.image_shape(self.latent_shape)
         self.check_sampler(sampler)
         conditioner.check(self.denoiser.network)
         if guidance is not None:
@@ -145,6 +149,10 @@ class DiffusionModule(Generator):
 
     # Training
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.codec.check(getattr(self.trainer, "datamodule", None))
+
     def check_training(self, trainer: L.Trainer) -> None:
         super().check_training(trainer)
         self.objective.begin(self.denoiser)
@@ -176,12 +184,39 @@ class DiffusionModule(Generator):
         seen = Seen(torch.cat([output["t"] for output in outputs]), torch.cat([output["losses"] for output in outputs]))
         self.objective.stepped(self.step, self.denoiser, seen, partial(gather, world_size=self.trainer.world_size))
 
+    def on_fit_start(self) -> None:
+        """What the codec has found out goes into the configuration of the run."""
+        arguments = self._codec_arguments(self.config)
+        if arguments is not None:
+            arguments.update(self.codec.settled())
+
+    @staticmethod
+    def _codec_arguments(config: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of the codec in a configuration, to be changed in place; None: there are none."""
+        codec = (config.get("model") or {}).get("init_args", {}).get("codec")
+        return cast("dict[str, Any] | None", codec.setdefault("init_args", {}) if codec else None)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["objective"] = self.objective.state_dict()
+        if state := self.codec.state():
+            checkpoint["codec"] = state
+            checkpoint["config"] = config = copy.deepcopy(self.config)
+            arguments = self._codec_arguments(config)
+            if arguments is not None:
+                arguments.update(self.codec.settled(carried=True))
+
+    def load(self, checkpoint: Mapping[str, Any], weights: str = AVERAGED, path: Path | str | None = None) -> None:
+        self.codec.restore(checkpoint.get("codec", {}))
+        super().load(checkpoint, weights, path)
+
+    def initialize(self, checkpoint: Mapping[str, Any]) -> list[str]:
+        self.codec.restore(checkpoint.get("codec", {}))
+        return super().initialize(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.codec.restore(checkpoint.get("codec", {}))
         super().on_load_checkpoint(checkpoint)
         if self.loaded is None:
             self.objective.load_state_dict(checkpoint.get("objective", {}))

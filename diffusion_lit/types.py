@@ -62,6 +62,8 @@ class Batch(TypedDict):
         map: Spatial condition such as a segmentation map, (B, ..., H, W).
         low_res: Low-resolution images, (B, C, h, w); scaled as `image` is.
         mask: 1 where pixels are known and 0 in holes, (B, 1, H, W).
+        moments: What a first stage's encoder says of each image, (B, M, h, w), see `codecs.FirstStage`; as they leave
+            the loader, of the image and of its mirror image, (B, 2, M, h, w).
         flip: Images to mirror, bool, (B,); in training batches only.
     """
 
@@ -71,6 +73,7 @@ class Batch(TypedDict):
     map: NotRequired[Tensor]
     low_res: NotRequired[Tensor]
     mask: NotRequired[Tensor]
+    moments: NotRequired[Tensor]
     flip: NotRequired[Tensor]
 
 

@@ -1,5 +1,6 @@
-"""Conditions that are images, and several conditions together."""
+"""Conditions that are images or classes, and several conditions together."""
 
+from diffusion_lit.conditioners.class_context import ClassContext
 from diffusion_lit.conditioners.joint import Joint
 from diffusion_lit.conditioners.low_resolution import LowResolution, NoiseAugmentation
 from diffusion_lit.conditioners.masked_image import (
@@ -15,6 +16,7 @@ from diffusion_lit.conditioners.spatial import Spatial
 
 __all__ = [
     "GLIDE",
+    "ClassContext",
     "Joint",
     "LatentDiffusion",
     "LowResolution",

@@ -44,6 +44,7 @@ class Example(TypedDict):
         map: Segmentation map, edges or another spatial condition, (..., W); mirrored with the image.
         low_res: The image at a lower resolution, uint8 (C, h, w); mirrored with the image.
         mask: 1 where pixels are known and 0 in holes, uint8 (1, H, W); mirrored with the image.
+        moments: What a first stage makes of the image and of its mirror image, (2, M, h, w).
     """
 
     image: Tensor
@@ -52,6 +53,7 @@ class Example(TypedDict):
     map: NotRequired[Tensor]
     low_res: NotRequired[Tensor]
     mask: NotRequired[Tensor]
+    moments: NotRequired[Tensor]
 
 
 class ImageDataset(Dataset[Example], ABC):

@@ -27,8 +27,9 @@ class ImageData(L.LightningDataModule, Part):
     """Batches of images for training, validation and testing.
 
     A batch is a dict. As it leaves the loader, `image` is uint8 (B, C, H, W), `label` int64 (B,) if there are classes,
-    and `flip` bool (B,) in training; a dataset may add `caption`, `map`, `low_res` and `mask`. As it reaches the model,
-    `image` is float (B, C, H, W) in [-1, 1], the spatial entries are mirrored, and `flip` is gone.
+    and `flip` bool (B,) in training; a dataset may add `caption`, `map`, `low_res`, `mask` and `moments`. As it reaches
+    the model, `image` is float (B, C, H, W) in [-1, 1], the spatial entries are mirrored, `moments` are those of the
+    image or of its mirror image, and `flip` is gone.
 
     Training batches come from a `TrainingStream`, which continues at the optimiser step that the trainer has reached.
     Validation and testing see every image exactly once over all processes, in the same number of batches on each, of
@@ -177,6 +178,10 @@ class ImageData(L.LightningDataModule, Part):
         """Mirrors the spatial entries on the device, and scales them: see `images.scaled`."""
         ready = cast(dict[str, Tensor], dict(batch))
         flip = ready.pop("flip", None)
+        if "moments" in ready:
+            # An encoder does not commute with mirroring, so that both are stored.
+            both = ready["moments"]
+            ready["moments"] = both[:, 0] if flip is None else both[torch.arange(len(flip)), flip.long()]
         if flip is not None:
             for key in SPATIAL:
                 if key in ready:
@@ -219,6 +224,8 @@ class ImageData(L.LightningDataModule, Part):
         batches = Batches(self.dataset(split), training=True, unreadable=self._unreadable.get(split))
         batch = cast(dict[str, Tensor], batches.__getitems__([Key(index) for index in indices]))
         del batch["flip"]
+        if "moments" in batch:
+            batch["moments"] = batch["moments"][:, 0]
         return cast(Batch, scaled(batch))
 
     def stored_batches(self, rank: int, world_size: int, batch_size: int, split: Split = "train") -> Iterator[Batch]:

@@ -5,17 +5,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
+from torch import Tensor
 
 from diffusion_lit.data.dataset import Example, ImageDataset, Split
 from diffusion_lit.data.source import Source, at_least
 from diffusion_lit.types import Batch
 
 FORMAT = "diffusion_lit prepared images, 1"
+MOMENTS_FORMAT = "diffusion_lit moments, 1"
 
 
 class Prepared(Source):
@@ -28,14 +30,16 @@ class Prepared(Source):
         file: The file that `prepare` wrote.
         image_size: Height and width in pixels, as prepared.
         channels: 3 for RGB, 1 for grey, as prepared.
+        moments: The file that `prepare --first_stage` wrote for these images; null: batches have no moments.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
-    def __init__(self, file: str, image_size: int, channels: int = 3) -> None:
+    def __init__(self, file: str, image_size: int, channels: int = 3, moments: str | None = None) -> None:
         at_least("source.image_size", image_size, 1)
         self.file = Path(file).expanduser()
+        self.moments = None if moments is None else Path(moments).expanduser()
         self.image_size = image_size
         self.channels = channels
 
@@ -51,7 +55,7 @@ class Prepared(Source):
         part = parts_of(self.file).get(split)
         if part is None:
             return None
-        images = MappedImages(f"{self.file} ({split})", self.file, part)
+        images = MappedImages(f"{self.file} ({split})", self.file, part, self._moments(part))
         found = (images.channels, images.image_size, images.image_size)
         if found != self.image_shape:
             raise ValueError(
@@ -59,6 +63,21 @@ class Prepared(Source):
                 f"--data.source.image_size to {images.image_size} and --data.source.channels to {images.channels}"
             )
         return images
+
+    @property
+    def moments_of(self) -> str | None:  # type: ignore[override]
+        return None if self.moments is None else moments_in(self.moments).first_stage
+
+    def _moments(self, part: "Part") -> "Moments | None":
+        if self.moments is None:
+            return None
+        file = moments_in(self.moments)
+        if part.fingerprint not in file.arrays:
+            raise ValueError(
+                f"{self.moments} holds moments of other images than {self.file}; prepare them again, or set "
+                "--data.source.moments null"
+            )
+        return Moments(self.moments, file.arrays[part.fingerprint])
 
     def remedy(self, split: Split) -> str:
         return f": {self.file} was prepared from data without any"
@@ -94,6 +113,28 @@ class Part:
     class_names: list[str] | None
 
 
+class Moments:
+    """Moments of images and of their mirror images; when pickled it is a path.
+
+    Args:
+        path: The file.
+        stored: float16, (N, 2, M, h, w), in it.
+    """
+
+    def __init__(self, path: Path, stored: Stored) -> None:
+        self.path = path
+        self.stored = stored
+        self._values: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_values": None}
+
+    def __getitem__(self, chosen: Any) -> Tensor:
+        if self._values is None:
+            self._values = self.stored.map(self.path)
+        return torch.from_numpy(np.array(self._values[chosen]))
+
+
 class MappedImages(ImageDataset):
     """One split of a prepared file. When pickled it is a path: each process maps the file itself.
 
@@ -101,14 +142,16 @@ class MappedImages(ImageDataset):
         name: Name of the dataset in messages.
         path: The file.
         part: Position of the split in the file.
+        moments: What a first stage makes of the images.
     """
 
-    def __init__(self, name: str, path: Path, part: Part) -> None:
+    def __init__(self, name: str, path: Path, part: Part, moments: Moments | None = None) -> None:
         _, channels, image_size, _ = part.pixels.shape
         super().__init__(name, image_size, channels, part.class_names)
         self.path = path
         self.part = part
         self.labels = None if part.labels is None else torch.from_numpy(np.array(part.labels.map(path)))
+        self.moments = moments
         self._pixels: np.ndarray | None = None
 
     @property
@@ -128,6 +171,8 @@ class MappedImages(ImageDataset):
         example: Example = {"image": torch.from_numpy(np.array(self.pixels[index]))}
         if self.labels is not None:
             example["label"] = int(self.labels[index])
+        if self.moments is not None:
+            example["moments"] = self.moments[index]
         return example
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -135,6 +180,8 @@ class MappedImages(ImageDataset):
         batch: Batch = {"image": torch.from_numpy(np.array(self.pixels[chosen]))}
         if self.labels is not None:
             batch["label"] = self.labels[torch.from_numpy(chosen)]
+        if self.moments is not None:
+            batch["moments"] = self.moments[chosen]
         return batch
 
     def fingerprint(self) -> str:
@@ -169,6 +216,44 @@ def parts_of(path: Path) -> dict[Split, Part]:
             "prepare them again by python -m diffusion_lit prepare"
         ) from error
     return parts
+
+
+class MomentsFile(NamedTuple):
+    """What a file of moments holds.
+
+    Attributes:
+        first_stage: Fingerprint of the autoencoder.
+        arrays: By the fingerprint of the images; float16, (N, 2, M, h, w), of each image and its mirror image.
+    """
+
+    first_stage: str
+    arrays: dict[str, Stored]
+
+
+def moments_in(path: Path) -> MomentsFile:
+    """What a file of moments holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a complete file of moments.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a file; set --data.source.moments to what python -m diffusion_lit prepare --first_stage "
+            "wrote, or to null"
+        )
+    try:
+        arrays = list_arrays(path)
+        with path.open("rb") as file:
+            file.seek(arrays[-1].offset)
+            content = json.loads(file.read())
+        if content["format"] != MOMENTS_FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {MOMENTS_FORMAT!r}")
+        return MomentsFile(content["first_stage"], dict(zip(content["images"], arrays[:-1], strict=True)))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a complete file of moments: {error}; prepare them again by python -m diffusion_lit prepare"
+        ) from error
 
 
 def list_arrays(path: Path) -> list[Stored]:

@@ -15,10 +15,12 @@ class Source(Part):
     Attributes:
         flips: Default of `ImageData.flip`: whether a mirrored image is still an image of this collection.
         eval_batch_size: Default of `ImageData.eval_batch_size`.
+        moments_of: Fingerprint of the first stage whose `moments` batches have; None: they have none.
     """
 
     flips: bool = True
     eval_batch_size: int = 256
+    moments_of: str | None = None
 
     @property
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,13 +127,25 @@ class DenoisingLoss(Objective):
     """The weighted mean squared error of eps. With the default weighting, L_simple.
 
     Args:
-        weighting: Weight w(t) of the squared error.
+        weighting: Weight w(t) of the error.
         times: Distribution of the training times; None: `UniformTimes`.
+        error: "squared", or "absolute", the mean of |eps - prediction|.
 
-    Source: Ho et al. 2020, eq. 14.
+    Raises:
+        ValueError: If there is no such error.
+
+    Source: Ho et al. 2020, eq. 14; "absolute" is what some models of Rombach et al. 2022 minimize.
     """
 
-    def __init__(self, weighting: Weighting = Simple(), times: Times | None = None) -> None:
+    def __init__(
+        self,
+        weighting: Weighting = Simple(),
+        times: Times | None = None,
+        error: Literal["squared", "absolute"] = "squared",
+    ) -> None:
+        if error not in ("squared", "absolute"):
+            raise ValueError(f"objective.error={error!r} must be 'squared' or 'absolute'")
+        self.error = error
         self.weighting = weighting
         self.times = times or UniformTimes()
 
@@ -143,4 +155,6 @@ class DenoisingLoss(Objective):
     def losses_at(self, denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition) -> Tensor:
         process = denoiser.process
         prediction: Prediction = denoiser(process.perturb(x0, eps, t), t, condition)
-        return self.weighting(process, t).to(x0.dtype) * (eps - prediction.eps).square().flatten(1).mean(1)
+        difference = eps - prediction.eps
+        errors = difference.square() if self.error == "squared" else difference.abs()
+        return self.weighting(process, t).to(x0.dtype) * errors.flatten(1).mean(1)

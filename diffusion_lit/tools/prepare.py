@@ -1,4 +1,7 @@
-"""Stores the decoded, cropped and resized images of a recipe in one file, once, for `Prepared` to read."""
+"""Stores the decoded, cropped and resized images of a recipe in one file, once, for `Prepared` to read.
+
+With `--first_stage CHECKPOINT` also what that autoencoder makes of them, so that latent diffusion trains without it.
+"""
 
 import argparse
 import json
@@ -6,6 +9,7 @@ import math
 import shutil
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -16,15 +20,18 @@ from numpy.lib import format as npy
 from tqdm import tqdm
 
 from diffusion_lit import command
+from diffusion_lit.codecs import FirstStage
 from diffusion_lit.configuration import instantiate
-from diffusion_lit.data import CorruptImage, ImageData, InMemoryImages, Split
-from diffusion_lit.data.prepared import FORMAT, list_arrays
+from diffusion_lit.data import CorruptImage, ImageData, InMemoryImages, Prepared, Split
+from diffusion_lit.data.prepared import FORMAT, MOMENTS_FORMAT, list_arrays
+from diffusion_lit.images import from_uint8
 from diffusion_lit.metrics.files import remove_abandoned, whole_file
 from diffusion_lit.parts import Slot
 from diffusion_lit.types import StepFn
 
 BATCH_SIZE = 64
 STORED = {"image", "label"}
+GREATEST = float(np.finfo(np.float16).max)
 
 
 def prepare(data: ImageData, path: Path, on_images: StepFn = lambda done, total: None) -> None:
@@ -100,9 +107,53 @@ def store(file: BinaryIO, data: ImageData, split: Split) -> Iterator[int]:
     np.save(file, np.array(labels, dtype=np.int64))
 
 
-def write_header(file: BinaryIO, count: int, image_shape: Sequence[int]) -> None:
+def write_header(file: BinaryIO, count: int, shape: Sequence[int], descr: str = "|u1") -> None:
     """Writes the .npy header of `count` images."""
-    npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)})
+    npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count, *shape)})
+
+
+def prepare_moments(
+    data: ImageData, first_stage: FirstStage, path: Path, on_images: StepFn = lambda done, total: None
+) -> None:
+    """Stores the moments of all prepared images and of their mirror images in one file.
+
+    The file is a sequence of .npy arrays: for each different set of images float16 (N, 2, M, h, w), at the end a JSON
+    text with the fingerprints of the first stage and of the images. Encoders do not commute with mirroring, hence both.
+
+    Args:
+        data: Images of `Prepared`.
+        first_stage: On the device where it is to run.
+        path: The file to write; it appears when it is complete.
+        on_images: Called after every batch with the number of images done and of all images.
+
+    Raises:
+        FileExistsError: If the file exists.
+        OSError: If the disk has no room.
+        ValueError: If the first stage does not take these images.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; remove it, or choose another file by --moments")
+    splits = {data.fingerprint(split): split for split in reversed(data.parts())}
+    _, height, width = first_stage.latent_shape(data.image_shape)
+    network = first_stage.network
+    shape = 2, network.regularizer.channels(network.latent_channels), height, width
+    total = sum(len(data.dataset(split)) for split in splits.values())
+    needed = 2 * total * math.prod(shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise OSError(f"{path} would take {needed:,} bytes, and {free:,} are free; choose another disk by --moments")
+    done = 0
+    with whole_file(path) as file:
+        for split in splits.values():
+            write_header(file, len(data.dataset(split)), shape, "<f2")
+            for batch in data.stored_batches(0, 1, BATCH_SIZE, split):
+                images = from_uint8(batch["image"].to(first_stage.scale.device))
+                both = torch.stack([first_stage.moments(x) for x in (images, images.flip(-1))], dim=1)
+                file.write(both.clamp(-GREATEST, GREATEST).half().cpu().numpy().data)
+                done += len(images)
+                on_images(done, total)
+        text = {"format": MOMENTS_FORMAT, "first_stage": first_stage.fingerprint, "images": list(splits)}
+        np.save(file, np.frombuffer(json.dumps(text).encode(), np.uint8))
 
 
 def parse(
@@ -148,22 +199,44 @@ def main(args: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="append", default=[], help="a recipe; later ones win")
-    parser.add_argument("--out", required=True, help="the file to write")
+    parser.add_argument("--out", required=True, help="the file to write; with --first_stage it may exist already")
+    parser.add_argument("--first_stage", metavar="CHECKPOINT", help="an autoencoder, whose moments are stored too")
+    parser.add_argument("--moments", help="the file for these; by default OUT.moments")
     given, options = parser.parse_known_args(args)
+    if given.moments is not None and given.first_stage is None:
+        raise ValueError(f"moments={given.moments} are those of an autoencoder; give its checkpoint by --first_stage")
+    first_stage = None if given.first_stage is None else FirstStage(given.first_stage)
     data: ImageData = parse(given.config, options).data
     path = Path(given.out).expanduser()
     remove_abandoned(path)
-    data.prepare_data()
-    with tqdm(desc="prepare", unit=" images") as bar:
+    if first_stage is None or not path.exists():
+        data.prepare_data()
+        with progress("prepare") as show:
+            prepare(data, path, show)
+    channels, image_size, _ = data.image_shape
+    use = (
+        f"use them by --data.source Prepared --data.source.file {path} "
+        f"--data.source.image_size {image_size} --data.source.channels {channels}"
+    )
+    print(f"{path}: {path.stat().st_size:,} bytes")
+    if first_stage is not None:
+        moments = Path(given.moments or f"{given.out}.moments").expanduser()
+        remove_abandoned(moments)
+        first_stage.to("cuda" if torch.cuda.is_available() else "cpu")
+        with progress("moments") as show:
+            prepare_moments(ImageData(Prepared(str(path), image_size, channels)), first_stage, moments, show)
+        print(f"{moments}: {moments.stat().st_size:,} bytes")
+        use += f" --data.source.moments {moments}"
+    print(use)
+
+
+@contextmanager
+def progress(name: str) -> Iterator[StepFn]:
+    """A bar that shows how many images are done."""
+    with tqdm(desc=name, unit=" images") as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        prepare(data, path, show)
-    channels, image_size, _ = data.image_shape
-    print(
-        f"{path}: {path.stat().st_size:,} bytes\n"
-        f"use them by --data.source Prepared --data.source.file {path} "
-        f"--data.source.image_size {image_size} --data.source.channels {channels}"
-    )
+        yield show

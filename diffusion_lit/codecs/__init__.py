@@ -1,0 +1,3 @@
+from diffusion_lit.codecs.first_stage import FirstStage
+
+__all__ = ["FirstStage"]
