@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffusion_lit.checkpoint import choose_weights, read_checkpoint
@@ -56,7 +57,8 @@ def read_autoencoder(path: str | Path, trust: Collection[str] = ()) -> Trained:
             f"--model.{OPTION}"
         )
     config = Merge(trust, str(file)).value(Slot(Autoencoder), MISSING, given, "model.network")
-    network = instantiate(config, Autoencoder, trust, str(file))
+    with torch.random.fork_rng(devices=[]):  # What is initialized here is overwritten.
+        network = instantiate(config, Autoencoder, trust, str(file))
     fill(network, state, f"{OPTION}={path}")
     return Trained(network, config)
 

@@ -69,9 +69,7 @@ class FirstStage(nn.Module, Codec):
         if precision not in ("float32", "bf16"):
             raise ValueError(f"codec.precision={precision!r} must be 'float32' or 'bf16'")
         if checkpoint is None and network is None:
-            raise ValueError(
-                f"codec: there is no first stage; give the checkpoint of an autoencoder by --model.{OPTION}"
-            )
+            raise ValueError(f"codec: there is no first stage; give an autoencoder's checkpoint by --model.{OPTION}")
         if shift is not None and scale is None:
             raise ValueError(f"codec.shift={shift} needs a scale; set --model.codec.scale")
         self._checkpoint = checkpoint
