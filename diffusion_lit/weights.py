@@ -137,7 +137,7 @@ class Weighted(L.LightningModule, Part):
             ValueError: If its tensors are not those of this module, a weight is not finite, or it lacks these weights.
         """
         state = choose_weights(checkpoint, weights)
-        self._check_fits(state)
+        self._check_fits(state, checkpoint)
         self.averages = None
         self.load_state_dict(state)
         self.class_names = checkpoint.get("class_names")
@@ -161,7 +161,7 @@ class Weighted(L.LightningModule, Part):
         }
         fresh = [n for n in embeddings & own.keys() if n not in given or given[n].shape != own[n].shape]
         state = {name: tensor for name, tensor in given.items() if name not in fresh} | {n: own[n] for n in fresh}
-        self._check_fits(state)
+        self._check_fits(state, checkpoint)
         self.load_state_dict(state)
         return sorted(fresh)
 
@@ -215,7 +215,7 @@ class Weighted(L.LightningModule, Part):
         Raises:
             ValueError: If the checkpoint's tensors are not those of this module, or a weight is not finite.
         """
-        self._check_fits(checkpoint["state_dict"])
+        self._check_fits(checkpoint["state_dict"], checkpoint)
         self.class_names = checkpoint.get("class_names") or self.class_names
         trainer = attached_trainer(self)
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
@@ -231,12 +231,18 @@ class Weighted(L.LightningModule, Part):
             checkpoint["averages"] = {**checkpoint["averages"], "primary": primary}
             checkpoint["state_dict"] = {**primary, **checkpoint["current_model_state"]}
 
-    def _check_fits(self, state: Mapping[str, Tensor]) -> None:
+    def _check_fits(self, state: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> None:
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         wrong = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
         if wrong:
             name = wrong[0]
+            kind = str((checkpoint.get("config") or {}).get("model", {}).get("class_path", "")).rpartition(".")[2]
+            if kind not in ("", type(self).__name__):
+                raise ValueError(
+                    f"the checkpoint is of {kind} and not of {type(self).__name__}, the model that was asked for; give "
+                    "another checkpoint"
+                )
             raise ValueError(
                 f"the checkpoint is of another architecture: {len(wrong)} of {len(own)} tensors differ, first {name}: "
                 f"{shapes.get(name, 'missing')} in the checkpoint, {own.get(name, 'missing')} in this model; "
