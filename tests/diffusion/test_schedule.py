@@ -124,3 +124,18 @@ def test_errors_name_the_value_and_the_bound(make: object, words: list[str]) -> 
         make()
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "published"),
+    [
+        (0.0015, 0.0195, 1.42304e-4),
+        (0.0015, 0.0155, 6.68665e-4),
+        (0.0015, 0.0205, 9.69109e-5),
+        (8.5e-4, 0.012, 4.66010e-3),
+    ],
+)
+def test_the_schedules_of_latent_diffusion_end_where_the_published_ones_do(
+    first: float, last: float, published: float
+) -> None:
+    assert alpha_bar(ScaledLinear(first, last), 1000)[-1].item() == pytest.approx(published, rel=1e-5)
