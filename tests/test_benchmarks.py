@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import guidance, precision, scaling, suite
+from benchmarks import guidance, latents, precision, scaling, suite
 from benchmarks.setting import Setting, diffusers_network
 
 
@@ -98,3 +98,18 @@ def test_losses_of_an_earlier_run_are_compared_again(capsys: pytest.CaptureFixtu
     precision.main(["--read", "first.json", "--out", "second.json"])
     assert capsys.readouterr().out.replace("second", "first") == first
     assert Path("first.json").read_text() == Path("second.json").read_text()
+
+
+def test_the_share_of_the_frozen_encoder_is_told_beside_a_step_without_it(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(repository / "configs" / "latent_demo.yaml")
+    latents.main(["--config", config, "--batch_size", "2", "--rounds", "2", "--out", "here/found.json"])
+    printed = capsys.readouterr().out
+    found = json.loads(Path("here/found.json").read_text())
+    for name, (a, b) in latents.RATIOS.items():
+        assert name in printed
+        ratios = sorted(times[a] / times[b] for times in found["times"])
+        assert [found["ratios"][name][end] for end in ("min", "max")] == pytest.approx(ratios)
+    with pytest.raises(ValueError, match=r"digits.yaml has no first stage; choose a recipe of latent diffusion"):
+        latents.main(["--config", str(repository / "configs" / "digits.yaml")])
