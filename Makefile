@@ -34,7 +34,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-fast demo-anomaly demo-tasks train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-processes bench-precision bench-modes test test-slow lint format clean
+.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -100,6 +100,19 @@ demo-tasks: $(READY) ## super-resolution, inpainting and editing of embedded dig
 	$(call TASK_FIT,digits,digits) --data.source.held_out 397
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tasks runs/tasks
 
+NEEDS_DATA = $(if $(DATA),,$(error DATA is missing: make $@ DATA=folder of colour images; VAL=folder of others, to score reconstructions))
+LATENT_FIT = OMP_NUM_THREADS=2 $(RUN) fit -c $(1) --data.source.root $(DATA) $(if $(VAL),--data.source.val_root $(VAL)) $(CPU) $(ARGS)
+LATENT_TEST = OMP_NUM_THREADS=2 $(RUN) test --ckpt_path runs/$(1)/checkpoints/last.ckpt $(CPU) --trainer.limit_test_batches 1
+
+demo-latent: $(READY) ## latent diffusion on 32x32 images of DATA=folder, minutes on two cores; VAL=folder scores on others
+	$(NEEDS_DATA)@rm -rf runs/latent_demo_autoencoder runs/latent_demo
+	$(call LATENT_FIT,latent_demo_autoencoder)
+	$(call LATENT_TEST,latent_demo_autoencoder)
+	$(call LATENT_FIT,latent_demo)
+	$(call LATENT_TEST,latent_demo)
+	@echo "originals beside reconstructions: runs/latent_demo_autoencoder/samples.png; samples: runs/latent_demo/samples.png"
+	@echo "scores: results.jsonl in both folders. Both pictures are blurred: minutes of training without a discriminator."
+
 train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto (0: CPU); further options in ARGS="--key value"
 	$(RUN) fit -c $(CONFIG) $(DEVICES) $(ARGS)
 
@@ -131,6 +144,9 @@ bench: $(READY) ## compare speed with diffusers on this machine; on a GPU ARGS="
 
 bench-processes: $(READY) ## compare two processes with two threads of one; needs two idle cores
 	$(BIN)/python -m benchmarks.processes $(ARGS)
+
+bench-latents: $(READY) ## what the frozen encoder costs in a training step; ARGS="--config ldm_church --device cuda --bf16"
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.latents $(ARGS)
 
 bench-precision: $(READY) ## compare what bf16 learns with what float32 learns, on the digits
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.precision $(ARGS)
