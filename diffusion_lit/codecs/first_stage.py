@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from diffusion_lit.codec import Codec, Shape
@@ -212,10 +212,12 @@ class FirstStage(nn.Module, Codec):
             data.prepare_data()
             home = self.scale.device
             self.to(device)
-            latents = torch.cat(list(self._some_latents(data, device))).double()
+            moments = torch.cat(list(self._some_moments(data, device)))
             self.to(home)
             dims = (0, 2, 3) if self._per_channel else (0, 1, 2, 3)
+            latents = self._drawn(moments)
             std, mean = torch.std_mean(latents, dims)
+            self._warn_of_noise(latents, self.network.regularizer.mode(moments).double())
             if not bool((std > 0).all() & std.isfinite().all()):
                 raise ValueError(f"codec: the latents of {len(latents)} images have no spread ({std.tolist()})")
             # One scale of all channels leaves their means alone, as published.
@@ -226,17 +228,30 @@ class FirstStage(nn.Module, Codec):
             f"{_short(self.shift)}"
         )
 
-    def _some_latents(self, data: ImageData, device: torch.device) -> Iterator[Tensor]:
-        """Latents of training images that depend on their number alone, on the CPU."""
+    def _some_moments(self, data: ImageData, device: torch.device) -> Iterator[Tensor]:
+        """Moments, on the CPU, of training images that depend on their number alone."""
         count = len(data.dataset("train"))
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(count, generator=generator)[: self._num_images].tolist()
+        for start in range(0, len(chosen), 64):
+            images = data.examples(chosen[start : start + 64], "train")["image"]
+            yield self.moments(images.to(device)).cpu()
+
+    def _drawn(self, moments: Tensor) -> Tensor:
+        """Latents, float64, always the same for the same moments: noise of the CPU is so on every machine."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for start in range(0, len(chosen), 64):
-                images = data.examples(chosen[start : start + 64], "train")["image"]
-                # Noise of the CPU is the same everywhere.
-                yield self.network.regularizer.sample(self.moments(images.to(device)).cpu())
+            return self.network.regularizer.sample(moments).double()
+
+    @staticmethod
+    def _warn_of_noise(latents: Tensor, likeliest: Tensor) -> None:
+        """Warns of latents that are mostly the noise of the posterior, from which nothing can be learned."""
+        share = 1 - float(likeliest.var((0, 2, 3)).mean() / latents.var((0, 2, 3)).mean())
+        if share > 0.5:
+            rank_zero_warn(
+                f"{100 * share:.0f} % of the variance of the latents is noise of the posterior: the first stage has "
+                "hardly learned, or the averages of its weights have not; look at its reconstructions"
+            )
 
     # Between images and latents
 

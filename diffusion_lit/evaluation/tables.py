@@ -131,6 +131,7 @@ class SamplerTable(Table):
         evaluations: Columns: network evaluations per image at most. Heun's method takes an odd number, hence one less
             where that is even.
         samplers: Rows, by name; their own `steps` do not count. null: all there are, with their usual grids.
+        clip: Whether these clip predictions, as they usually do; false for latent diffusion.
 
     Raises:
         ValueError: If there are no columns or no rows, or a number is below 1.
@@ -144,9 +145,10 @@ class SamplerTable(Table):
         self,
         evaluations: Sequence[int] = (5, 10, 15, 20, 50, 100),
         samplers: dict[str, Sampler] | None = None,
+        clip: bool = True,
     ) -> None:
         self.evaluations = list(evaluations)
-        self.samplers = every_sampler() if samplers is None else samplers
+        self.samplers = every_sampler(clip) if samplers is None else samplers
         if not self.evaluations or not self.samplers or min(self.evaluations) < 1:
             raise ValueError(
                 f"table: evaluations={self.evaluations} of {len(self.samplers)} samplers make no table; "
@@ -167,9 +169,9 @@ class SamplerTable(Table):
         return "Columns are network evaluations per image, at most."
 
 
-def every_sampler() -> dict[str, Sampler]:
-    """The samplers that there are, by name."""
-    return {
+def every_sampler(clip: bool = True) -> dict[str, Sampler]:
+    """The samplers that there are, by name, with their usual clipping or without any."""
+    samplers: dict[str, Sampler] = {
         "Ancestral, larger variance": Ancestral(variance=FixedLarge()),
         "Ancestral, smaller variance": Ancestral(variance=FixedSmall()),
         "DDIM": DDIM(),
@@ -178,6 +180,9 @@ def every_sampler() -> dict[str, Sampler]:
         "DPM-Solver++ 3M": DPMSolver(order=3),
         "Heun": Heun(),
     }
+    for sampler in samplers.values():
+        sampler.clip = sampler.clip and clip
+    return samplers
 
 
 def with_steps(sampler: Sampler, steps: int) -> Sampler:

@@ -34,8 +34,9 @@ def autoencoder(codes: int | None = None, seed: int = 0) -> Autoencoder:
         network = Autoencoder(**SHAPE, regularizer=regularizer)
         with torch.no_grad():
             # Latents with means and deviations of their own, and noise in the posterior.
-            network.quant_conv.weight[:2].mul_(torch.tensor([3.0, 6.0]).view(2, 1, 1, 1))
-            network.quant_conv.bias.copy_(torch.tensor([2.0, -1.0, -1.0, 0.5])[: len(network.quant_conv.bias)])
+            network.quant_conv.weight[:2].mul_(torch.tensor([6.0, 8.0]).view(2, 1, 1, 1))
+            bias = network.quant_conv.get_parameter("bias")
+            bias.copy_(torch.tensor([2.0, -1.0, -2.0, -0.5])[: len(bias)])
             if codes is not None:
                 network.quantize.get_parameter("embedding.weight").normal_()
         return network

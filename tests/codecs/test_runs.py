@@ -234,6 +234,14 @@ def test_images_are_predicted_and_scored_from_the_checkpoint_without_the_autoenc
     assert model.sample([0], sampler=DDIM(2, clip=False)).shape == (1, 1, 8, 8)
 
 
+def test_a_table_of_samplers_is_made_of_latents_without_clipping(runs: Path, tmp_path: Path) -> None:
+    options = "--evaluation.table SamplerTable --evaluation.table.evaluations [2] --evaluation.table.clip false"
+    where = ["--trainer.default_root_dir", str(tmp_path)]
+    cli.main(["test", "--ckpt_path", str(last_checkpoint(runs / "run")), *options.split(), *where, *CPU, *QUIET])
+    rows = [line for line in next(tmp_path.rglob("*.md")).read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 7
+
+
 @pytest.mark.parametrize("command", ["predict", "test"])
 def test_a_first_stage_given_for_sampling_must_be_the_model_s(
     command: str, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -24,7 +24,8 @@ def network(context_width: int | None = 6) -> ADMUNet:
 
 
 def context(conditioner: ClassContext, *labels: int) -> Tensor:
-    return conditioner({"label": torch.tensor(labels)}, Pixels())["context"]
+    found: Tensor = conditioner({"label": torch.tensor(labels)}, Pixels())["context"]
+    return found
 
 
 @pytest.mark.parametrize(("null_class", "parameters"), [(False, 512_000), (True, 512_512)])

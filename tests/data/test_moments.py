@@ -69,7 +69,7 @@ def test_an_image_that_is_mirrored_gets_the_moments_of_its_mirror_image(images: 
 
 def test_validation_batches_and_examples_have_those_of_the_image_itself(images: Path, stage: Path) -> None:
     data, codec = with_moments(images, stage), FirstStage(str(stage))
-    found = [on_device(data, next(iter(data.val_dataloader()))), data.examples([1, 2], "val")]  # type: ignore[arg-type]
+    found = [on_device(data, next(iter(data.val_dataloader()))), data.examples([1, 2], "val")]
     for batch in found:
         assert batch["moments"].ndim == 4
         assert_close_to_half(batch["moments"], codec.moments(batch["image"]))
