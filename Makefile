@@ -102,7 +102,7 @@ demo-tasks: $(READY) ## super-resolution, inpainting and editing of embedded dig
 
 NEEDS_DATA = $(if $(DATA),,$(error DATA is missing: make $@ DATA=folder of colour images; VAL=folder of others, to score reconstructions))
 LATENT_FIT = OMP_NUM_THREADS=2 $(RUN) fit -c $(1) --data.source.root $(DATA) $(if $(VAL),--data.source.val_root $(VAL)) $(CPU) $(ARGS)
-LATENT_TEST = OMP_NUM_THREADS=2 $(RUN) test --ckpt_path runs/$(1)/checkpoints/last.ckpt $(CPU) --trainer.limit_test_batches 1
+LATENT_TEST = OMP_NUM_THREADS=2 $(RUN) test --ckpt_path runs/$(1)/checkpoints/last.ckpt $(CPU)
 
 demo-latent: $(READY) ## latent diffusion on 32x32 images of DATA=folder, minutes on two cores; VAL=folder scores on others
 	$(NEEDS_DATA)@rm -rf runs/latent_demo_autoencoder runs/latent_demo

@@ -202,7 +202,7 @@ class DiffusionModule(Generator):
             checkpoint["objective"] = self.objective.state_dict()
         if state := self.codec.state():
             checkpoint["codec"] = state
-            checkpoint["config"] = config = copy.deepcopy(self.config)
+            checkpoint["config"] = config = copy.deepcopy(checkpoint["config"])
             arguments = self._codec_arguments(config)
             if arguments is not None:
                 arguments.update(self.codec.settled(carried=True))
@@ -217,6 +217,11 @@ class DiffusionModule(Generator):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.codec.restore(checkpoint.get("codec", {}))
+        own, carried = map(self._codec_arguments, (self.config, checkpoint.get("config") or {}))
+        if own is not None and carried is not None:
+            # What a run has found out is no change of its options.
+            own.update({name: value for name, value in carried.items() if own.get(name) is None})
+            carried.update({name: value for name, value in own.items() if carried.get(name) is None})
         super().on_load_checkpoint(checkpoint)
         if self.loaded is None:
             self.objective.load_state_dict(checkpoint.get("objective", {}))

@@ -85,7 +85,7 @@ class FirstStage(nn.Module, Codec):
             self._identify()
         else:
             self._stage = Frozen(network)  # type: ignore[arg-type]
-        self._given = {"scale": scale, "shift": shift}
+        self._asked = {"scale": scale, "shift": shift}
         is_vq = self.network.regularizer.num_codes is not None
         known = scale is not None or (is_vq and not per_channel)
         self.register_buffer("scale", self._numbers("scale", (1.0 if scale is None else scale) if known else None))
@@ -174,7 +174,7 @@ class FirstStage(nn.Module, Codec):
         Raises:
             ValueError: If others were asked for.
         """
-        for name, value in self._given.items():
+        for name, value in self._asked.items():
             stored = state_dict.get(f"{prefix}{name}")
             if value is not None and stored is not None and not torch.equal(stored.cpu(), self._numbers(name, value)):
                 raise ValueError(

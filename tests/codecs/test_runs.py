@@ -1,5 +1,7 @@
 """Runs of latent diffusion: what their checkpoints carry, how they continue, and which first stage they accept."""
 
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,8 @@ def test_the_model_s_checkpoint_alone_makes_the_same_images(stage: Path, tmp_pat
         expected = model.sample([0, 5])
     assert expected.shape == (2, 1, 8, 8)
     assert torch.equal(alone.sample([0, 5]), expected)
+    # It carries the configuration of parts that were put together in Python, too.
+    assert torch.equal(load_model(tiny.last(tmp_path / "run"), DiffusionModule).sample([0, 5]), expected)
 
 
 def test_a_run_that_was_stopped_continues_bit_for_bit_without_the_file(stage: Path, tmp_path: Path) -> None:
@@ -181,15 +185,37 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = [f"--model.network.{name}={value}" for name, value in SHAPE.items()]
     where = ["--trainer.default_root_dir", str(place / "stage")]
     cli.main(["fit", *stage.split(), *shape, *where, *common])
+    with warnings.catch_warnings():
+        # Two steps teach an autoencoder nothing, and its averages less.
+        warnings.filterwarnings("ignore", message=".*noise of the posterior")
+        cli.main(["fit", *run_options(place), "--trainer.default_root_dir", str(place / "run"), *common])
+    return place
+
+
+def run_options(place: Path) -> list[str]:
+    """Of the diffusion model."""
     run = "--model.network UNet --model.network.image_size 4 --model.network.in_channels 2 --model.network.width 8"
     run += " --model.network.multipliers [1] --model.network.num_groups 4 --model.network.attention []"
     run += " --model.sampler.steps 3 --model.sampler.clip false --sample_grid.sampler null --sample_grid.num_images 4"
     run += " --evaluation.extractor Pixels --evaluation.num_images 64 --evaluation.batch_size 64"
     run += " --model.codec FirstStage --model.codec.num_images 64"
-    where = ["--trainer.default_root_dir", str(place / "run")]
-    first = ["--model.codec.checkpoint", str(last_checkpoint(place / "stage"))]
-    cli.main(["fit", *run.split(), *first, *where, *common])
-    return place
+    return [*run.split(), "--model.codec.checkpoint", str(last_checkpoint(place / "stage"))]
+
+
+def test_what_a_run_found_out_is_no_change_of_its_options(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(runs / "run", tmp_path / "run")
+    more = ["--data.source", "Digits", "--data.batch_size", "16", "--trainer.max_steps", "3", *CPU, *QUIET]
+    where = ["--trainer.default_root_dir", str(tmp_path / "run"), "--ckpt_path", "last"]
+    cli.main(["fit", *run_options(runs), *where, *more])
+    assert "continuing from" in caplog.text
+    assert "model.codec" not in caplog.text
+    before, after = (tiny.load(last_checkpoint(place / "run")) for place in (runs, tmp_path))
+    assert after["global_step"] == 3
+    assert after["config"]["model"]["init_args"]["codec"] == before["config"]["model"]["init_args"]["codec"]
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["model"]["init_args"]["codec"]["init_args"]["checkpoint"] == str(last_checkpoint(runs / "stage"))
 
 
 def test_the_configuration_of_a_run_says_scale_fingerprint_and_network(runs: Path) -> None:
