@@ -4,19 +4,21 @@
 neither. `UNET` and `ADM` hold the values that make it one of them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.networks.adm_blocks import ConditionedResBlock, QKVAttention
-from diffusion_lit.networks.layers import ResBlock, level_channels
+from diffusion_lit.networks.layers import ResBlock
 from diffusion_lit.networks.unet import Level
+from diffusion_lit.tools.diffusers_config import Fixed, differences, image_size, levels_of, whole_numbers
 from diffusion_lit.tools.tensor_names import blocks_per_level
 
 CLASS = "UNet2DModel"
-Fixed = Mapping[str, tuple[object, object]]
+CHANNELS = [224, 448, 672, 896]
+"""Of each level, where a configuration does not say."""
 
 BOTH: Fixed = {
     "center_input_sample": (False, False),
@@ -27,7 +29,7 @@ BOTH: Fixed = {
     "add_attention": (True, True),
     "class_embed_type": (None, None),
 }
-"""By key, the value that both networks need, and the value that a missing key has in diffusers."""
+"""What both networks need."""
 UNET: Fixed = {
     **BOTH,
     "freq_shift": (1, 0),
@@ -52,10 +54,8 @@ ADM: Fixed = {
 READ = (
     "sample_size", "in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types",
     "layers_per_block", "dropout", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups",
-    "time_embedding_dim", "num_train_timesteps",
+    "time_embedding_dim", "num_train_timesteps", "num_class_embeds",
 )  # fmt: skip
-AVERAGE = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
-"""How `EMAModel` averaged the weights, in the configuration of a folder `unet_ema`; it changes no output."""
 
 
 class Blocks(NamedTuple):
@@ -81,29 +81,13 @@ def arguments(config: Mapping[str, Any]) -> tuple[type[UNet | ADMUNet], dict[str
     """
     if config.get("_class_name", CLASS) != CLASS:
         raise ValueError(f"the configuration is of {config['_class_name']}; only a {CLASS} can be imported")
-    from_ddpm = differences(config, UNET, ())
-    from_adm = differences(config, ADM, ("resnet_time_scale_shift", "downsample_type", "upsample_type"))
+    from_ddpm = differences(config, UNET, READ)
+    from_adm = differences(config, ADM, (*READ, "resnet_time_scale_shift", "downsample_type", "upsample_type"))
     if from_ddpm and len(from_ddpm) <= len(from_adm):
         raise ValueError(f"this {CLASS} is not DDPM's network: {'; '.join(from_ddpm)}")
     if from_ddpm and from_adm:
         raise ValueError(f"this {CLASS} is not ADM's network: {'; '.join(from_adm)}")
     return (ADMUNet, adm_arguments(config)) if from_ddpm else (UNet, unet_arguments(config))
-
-
-def differences(config: Mapping[str, Any], fixed: Fixed, more: Collection[str]) -> list[str]:
-    """What in a configuration differs from what a network needs; `more` are further keys that it reads."""
-    different = [
-        f"{key}={config.get(key, missing)!r} where ours has {ours!r}"
-        for key, (ours, missing) in fixed.items()
-        if config.get(key, missing) != ours and (key, config.get(key)) != ("act_fn", "swish")
-    ]
-    known = {*fixed, *READ, *AVERAGE, *more, "num_class_embeds"}
-    different += [
-        f"{key}={value!r}, which is not known here"
-        for key, value in config.items()
-        if key not in known and not key.startswith("_") and value not in (None, False)
-    ]
-    return different
 
 
 def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +96,7 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     groups = shared["num_groups"]
     if config.get("attn_norm_num_groups") not in (None, groups):
         raise ValueError(f"attn_norm_num_groups={config['attn_norm_num_groups']}: ours is norm_num_groups={groups}")
-    channels = whole_numbers(config, "block_out_channels", [224, 448, 672, 896])
+    channels = whole_numbers(config, "block_out_channels", CHANNELS)
     attended = attended_levels(config, len(channels), resnets=False)
     of_attention = [channels[i] for i in attended] + [channels[-1]]
     return {**shared, "num_heads": one_count_of_heads(of_attention, config.get("attention_head_dim", 8))}
@@ -142,17 +126,11 @@ def adm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def shared_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that `UNet` and `ADMUNet` share; ValueError if they have no such form."""
-    channels = whole_numbers(config, "block_out_channels", [224, 448, 672, 896])
-    width, size = channels[0], config.get("sample_size")
-    size = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
-    if not isinstance(size, int):
-        raise ValueError(f"sample_size={size!r}: our networks need the height of square images; write it into the file")
+    width, multipliers = levels_of(config, CHANNELS)
+    size = image_size(config, None)
     if config.get("time_embedding_dim") not in (None, 4 * width):
         raise ValueError(f"time_embedding_dim={config['time_embedding_dim']}: ours is 4 x {width}")
-    multipliers = [c // width if c % width == 0 else c / width for c in channels]
-    if level_channels(width, multipliers) != channels:
-        raise ValueError(f"block_out_channels={channels}: ours are multiples of the first")
-    attended = attended_levels(config, len(channels), resnets=True)
+    attended = attended_levels(config, len(multipliers), resnets=True)
     return {
         "image_size": size,
         "in_channels": whole_numbers(config, "in_channels", 3),
@@ -164,15 +142,6 @@ def shared_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": float(config.get("dropout", 0.0)),
         "num_groups": whole_numbers(config, "norm_num_groups", 32),
     }
-
-
-def whole_numbers(config: Mapping[str, Any], key: str, missing: Any) -> Any:
-    """A positive whole number, or a list of such where that is what a missing key means; ValueError otherwise."""
-    value = config.get(key, missing)
-    numbers = value if isinstance(missing, list) else [value]
-    if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
-        raise ValueError(f"{key}={value!r} in the configuration must be whole numbers above 0")
-    return value
 
 
 def block_types(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,66 @@
+"""Reads a network's config.json as diffusers writes it."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from diffusion_lit.networks.layers import level_channels
+
+Fixed = Mapping[str, tuple[object, object]]
+"""By key, the value that a network here needs, and the value that a missing key has in diffusers."""
+
+AVERAGE = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+"""How `EMAModel` averaged the weights, in the configuration of a folder `unet_ema`; it changes no output."""
+
+
+def differences(config: Mapping[str, Any], fixed: Fixed, read: Collection[str]) -> list[str]:
+    """What in a configuration differs from what a network needs, or is not known.
+
+    Args:
+        config: The configuration.
+        fixed: What the network needs.
+        read: Further keys, which are read.
+    """
+    different = [
+        f"{key}={config.get(key, missing)!r} where ours has {ours!r}"
+        for key, (ours, missing) in fixed.items()
+        if config.get(key, missing) != ours and (key, config.get(key)) != ("act_fn", "swish")
+    ]
+    known = {*fixed, *read, *AVERAGE}
+    different += [
+        f"{key}={value!r}, which is not known here"
+        for key, value in config.items()
+        if key not in known and not key.startswith("_") and value not in (None, False)
+    ]
+    return different
+
+
+def whole_numbers(config: Mapping[str, Any], key: str, missing: Any) -> Any:
+    """A positive whole number, or a list of such where that is what a missing key means; ValueError otherwise."""
+    value = config.get(key, missing)
+    numbers = value if isinstance(missing, list) else [value]
+    if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
+        raise ValueError(f"{key}={value!r} in the configuration must be whole numbers above 0")
+    return value
+
+
+def image_size(config: Mapping[str, Any], missing: int | None) -> int:
+    """The height of square images, `sample_size`; ValueError if it is anything else."""
+    size = config.get("sample_size", missing)
+    size = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
+    if type(size) is not int:
+        raise ValueError(f"sample_size={size!r}: our networks need the height of square images; write it into the file")
+    return size
+
+
+def levels_of(config: Mapping[str, Any], missing: list[int]) -> tuple[int, list[int | float]]:
+    """The arguments `width` and `multipliers` of a network with the channels `block_out_channels`.
+
+    Raises:
+        ValueError: If the channels are no whole numbers, or no multiples of the first.
+    """
+    channels = whole_numbers(config, "block_out_channels", missing)
+    width = channels[0]
+    multipliers = [c // width if c % width == 0 else c / width for c in channels]
+    if level_channels(width, multipliers) != channels:
+        raise ValueError(f"block_out_channels={channels}: ours are multiples of the first")
+    return width, multipliers
