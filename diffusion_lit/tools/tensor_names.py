@@ -1,40 +1,50 @@
-"""The tensors of `UNet` and `ADMUNet` as diffusers' `UNet2DModel` and `UNet2DConditionModel` name and shape them."""
+"""The tensors of our networks as diffusers names and shapes them.
+
+`UNet` and `ADMUNet` are its `UNet2DModel`, an `ADMUNet` with a context is its `UNet2DConditionModel`, and an
+`Autoencoder` is its `AutoencoderKL` or `VQModel`.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from diffusion_lit.networks import ADMUNet, UNet
+from diffusion_lit.networks import ADMUNet, Autoencoder, UNet
 from diffusion_lit.networks.adm_blocks import QKVAttention, Stage
 from diffusion_lit.networks.transformer import SpatialTransformer
 from diffusion_lit.tools.files import check_tensors
 
 Names = Sequence[tuple[str, str]]
+Exchanged: TypeAlias = UNet | ADMUNet | Autoencoder
 
-UNET: Names = (
-    (r"^temb\.dense\.0\.", "time_embedding.linear_1."),
-    (r"^temb\.dense\.1\.", "time_embedding.linear_2."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"^mid\.block_1\.", "mid_block.resnets.0."),
-    (r"^mid\.block_2\.", "mid_block.resnets.1."),
-    (r"^mid\.attn_1\.", "mid_block.attentions.0."),
-    (r"^down\.", "down_blocks."),
+DDPM: Names = (
+    (r"\bnorm_out\.", "conv_norm_out."),
+    (r"\bmid\.block_1\.", "mid_block.resnets.0."),
+    (r"\bmid\.block_2\.", "mid_block.resnets.1."),
+    (r"\bmid\.attn_1\.", "mid_block.attentions.0."),
+    (r"\bdown\.", "down_blocks."),
     (r"\.block\.", ".resnets."),
     (r"\.attn\.", ".attentions."),
     (r"\.downsample\.", ".downsamplers.0."),
     (r"\.upsample\.", ".upsamplers.0."),
-    (r"\.temb_proj\.", ".time_emb_proj."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
     (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
-"""Substitutions, one after another, from our names to diffusers'. The levels of the decoder are counted the other way
-round besides."""
+"""Substitutions, one after another, from the names of DDPM's code, which `Autoencoder` has too, to diffusers'. The
+levels of the decoder, `up`, are counted the other way round besides."""
+
+UNET: Names = (
+    (r"^temb\.dense\.0\.", "time_embedding.linear_1."),
+    (r"^temb\.dense\.1\.", "time_embedding.linear_2."),
+    (r"\.temb_proj\.", ".time_emb_proj."),
+    *DDPM,
+)
+"""Likewise for `UNet`."""
 
 ADM: Names = (
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
@@ -90,17 +100,18 @@ def adm_places(network: ADMUNet) -> Iterator[tuple[str, str]]:
             yield f"output_blocks.{n}.{i}", f"up_blocks.{level}.{'upsamplers.0' if change else kind}"
 
 
-def diffusers_names(network: UNet | ADMUNet) -> dict[str, str]:
+def diffusers_names(network: Exchanged) -> dict[str, str]:
     """The name in diffusers of each tensor, by our name."""
-    places = dict(adm_places(network)) if isinstance(network, ADMUNet) else {}
-    table = UNET if isinstance(network, UNet) else [*ADM, *(ADM_ATTENTION if network.context_width is None else ())]
+    if isinstance(network, ADMUNet):
+        places = dict(adm_places(network))
+        table = [*ADM, *(ADM_ATTENTION if network.context_width is None else ())]
+    else:
+        levels = len(network.up if isinstance(network, UNet) else network.decoder.up)
+        places = {f"up.{i}": f"up_blocks.{levels - 1 - i}" for i in range(levels)}
+        table = list(UNET if isinstance(network, UNet) else DDPM)
 
     def theirs(name: str) -> str:
-        if isinstance(network, UNet):
-            levels = len(network.up)
-            name = re.sub(r"^up\.(\d+)\.", lambda found: f"up_blocks.{levels - 1 - int(found[1])}.", name)
-        else:
-            name = re.sub(r"^(in|out)put_blocks\.\d+\.\d+", lambda found: places[found[0]], name)
+        name = re.sub(r"\b(?:(?:in|out)put_blocks\.\d+|up)\.\d+(?=\.)", lambda found: places[found[0]], name)
         for pattern, new in table:
             name = re.sub(pattern, new, name)
         return name
@@ -108,7 +119,7 @@ def diffusers_names(network: UNet | ADMUNet) -> dict[str, str]:
     return {name: theirs(name) for name in network.state_dict()}
 
 
-def _rows(network: UNet | ADMUNet, name: str) -> Tensor:
+def _rows(network: Exchanged, name: str) -> Tensor:
     """For a tensor `qkv` of an attention layer, (3, C): its rows that make queries, keys and values."""
     layer = cast(QKVAttention, network.get_submodule(name.partition(".qkv.")[0]))
     channels = layer.norm.num_channels
@@ -123,7 +134,7 @@ def _is_projection(name: str) -> bool:
     return re.search(r"\.attentions\.\d+\.(to_[qkv]|to_out\.0|qkv)\.weight$", name) is not None
 
 
-def to_diffusers(network: UNet | ADMUNet) -> dict[str, Tensor]:
+def to_diffusers(network: Exchanged) -> dict[str, Tensor]:
     """The tensors of a network as diffusers has them, each contiguous, by diffusers' names."""
     names = diffusers_names(network)
     result: dict[str, Tensor] = {}
@@ -138,7 +149,7 @@ def to_diffusers(network: UNet | ADMUNet) -> dict[str, Tensor]:
     return result
 
 
-def from_diffusers(tensors: Mapping[str, Tensor], network: UNet | ADMUNet, source: Path) -> dict[str, Tensor]:
+def from_diffusers(tensors: Mapping[str, Tensor], network: Exchanged, source: Path) -> dict[str, Tensor]:
     """Converts tensors of diffusers.
 
     Args:
