@@ -64,3 +64,13 @@ def levels_of(config: Mapping[str, Any], missing: list[int]) -> tuple[int, list[
     if level_channels(width, multipliers) != channels:
         raise ValueError(f"block_out_channels={channels}: ours are multiples of the first")
     return width, multipliers
+
+
+def channels_of(config: Mapping[str, Any], missing: int) -> dict[str, int]:
+    """The arguments `in_channels`, `out_channels` and `concat_channels` of an `ADMUNet`.
+
+    Where the input has more channels than the output, those beyond are concatenated.
+    """
+    given = whole_numbers(config, "in_channels", missing)
+    out = whole_numbers(config, "out_channels", missing)
+    return {"in_channels": min(given, out), "out_channels": out, "concat_channels": max(given - out, 0)}

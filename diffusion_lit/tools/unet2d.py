@@ -13,7 +13,7 @@ from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.networks.adm_blocks import ConditionedResBlock, QKVAttention
 from diffusion_lit.networks.layers import ResBlock
 from diffusion_lit.networks.unet import Level
-from diffusion_lit.tools.diffusers_config import Fixed, differences, image_size, levels_of, whole_numbers
+from diffusion_lit.tools.diffusers_config import Fixed, channels_of, differences, image_size, levels_of, whole_numbers
 from diffusion_lit.tools.tensor_names import blocks_per_level
 
 CLASS = "UNet2DModel"
@@ -117,6 +117,7 @@ def adm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     classes, head_channels = config.get("num_class_embeds"), config.get("attention_head_dim", 8)
     return {
         **shared,
+        **channels_of(config, 3),
         "head_channels": None if head_channels is None else whole_numbers(config, "attention_head_dim", 8),
         "scale_shift_norm": shift == "scale_shift",
         "resblock_updown": has_resblocks(config),
@@ -250,6 +251,7 @@ def adm_configuration(network: ADMUNet) -> dict[str, Any]:
     kind = "resnet" if resblocks else "conv"
     return {
         **shared,
+        "in_channels": network.in_channels + network.concat_channels,
         "layers_per_block": num_blocks,
         "dropout": cast(nn.Dropout, block.out_layers[2]).p,
         "norm_num_groups": groups,
