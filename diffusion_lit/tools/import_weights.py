@@ -11,10 +11,10 @@ import argparse
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as L
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_lit.checkpoint import AVERAGED, RAW, WholeFiles
 from diffusion_lit.configuration import Merge, build
@@ -24,11 +24,14 @@ from diffusion_lit.parts import MISSING
 from diffusion_lit.recipes import layers
 from diffusion_lit.sections import CARRIED, SEED
 from diffusion_lit.system import System
+from diffusion_lit.tools import compvis
 from diffusion_lit.tools.diffusers_folder import PLACES, read_folder, read_scheduler
-from diffusion_lit.tools.files import announce, check_tensors, choose_state, parse_json, read, read_metadata
+from diffusion_lit.tools.files import announce, check_tensors, choose_state, listed, parse_json, read, read_metadata
 from diffusion_lit.tools.scheduler import part
 
-DIFFUSERS_TENSOR = "time_embedding.linear_1.weight"
+DIFFUSERS_TENSORS = {"time_embedding.linear_1.weight", "encoder.conv_norm_out.weight"}
+ADVERSARIAL = "adversarial"
+"""The part of a model with its discriminator."""
 
 
 class Imported(NamedTuple):
@@ -90,29 +93,67 @@ def make(config: Mapping[str, Any], trust: Collection[str] = (), source: str = "
     return build(filled, base, trust, source, "model"), filled
 
 
-def prefix_of(model: System) -> str:
-    """What the names of the network's tensors begin with in the model's.
+def network_of(model: System) -> nn.Module:
+    """The network of a model."""
+    return cast(nn.Module, model.denoiser.network if isinstance(model, DiffusionModule) else model.network)
+
+
+def load(model: System, parts: Mapping[nn.Module, Mapping[str, Tensor]], source: Path) -> None:
+    """Gives parts of a model their tensors, in the precision that they have.
+
+    A discriminator may be missing, because a model is complete without; then it starts at random.
+
+    Args:
+        model: The model.
+        parts: Parts of the model, and the tensors of each.
+        source: For messages.
 
     Raises:
-        ValueError: If the model has further tensors.
+        ValueError: If they are not exactly the parts' tensors, or not finite, or others of the model are missing.
     """
-    prefix = "denoiser.network." if isinstance(model, DiffusionModule) else "network."
-    others = [name for name in model.state_dict() if not name.startswith(prefix)]
+    given = {id(tensor) for module in parts for tensor in module.state_dict(keep_vars=True).values()}
+    optional = f"{ADVERSARIAL}."
+    others = [
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if id(tensor) not in given and not name.startswith(optional)
+    ]
     if others:
-        raise ValueError(f"{type(model).__name__} has tensors besides those of its network: {', '.join(others)}")
-    return prefix
+        raise ValueError(f"{type(model).__name__} has tensors that {source} has not: {listed(others)}")
+    for module, state in parts.items():
+        own = module.state_dict()
+        # Counters, as batch normalization has them.
+        counts = {name: tensor for name, tensor in own.items() if not tensor.is_floating_point()}
+        real = {name: tensor for name, tensor in state.items() if name not in counts}
+        check_tensors({name: tensor.shape for name, tensor in own.items() if name not in counts}, real, source)
+        module.load_state_dict({**counts, **state})
 
 
-def load(model: System, state: Mapping[str, Tensor], source: Path) -> None:
-    """Gives a model the tensors of its network, in the precision that it has.
+def published_parts(
+    model: System, state: Mapping[str, Tensor], weights: str | None, source: Path
+) -> tuple[dict[nn.Module, Mapping[str, Tensor]], str | None]:
+    """The parts of a model and their tensors in a checkpoint of latent diffusion's code.
+
+    Returns:
+        As for `load`; and which of two sets of weights they are, None where there is one.
 
     Raises:
-        ValueError: If they are not exactly its network's, or not finite.
+        ValueError: If the checkpoint has no such parts, or was trained with another process.
     """
-    prefix = prefix_of(model)
-    own = {name.removeprefix(prefix): tensor.shape for name, tensor in model.state_dict().items()}
-    check_tensors(own, state, source)
-    model.load_state_dict({prefix + name: tensor for name, tensor in state.items()})
+    network = network_of(model)
+    own = network.state_dict()
+    if not isinstance(model, DiffusionModule):
+        tensors, chosen = compvis.first_stage(state, own, weights, source)
+        parts: dict[nn.Module, Mapping[str, Tensor]] = {network: tensors}
+        discriminator = getattr(getattr(model, ADVERSARIAL, None), "discriminator", None)
+        tensors = compvis.part(state, compvis.DISCRIMINATOR)
+        return {**parts, **({discriminator: tensors} if discriminator is not None and tensors else {})}, chosen
+    compvis.check_process(state, model.process, source)
+    tensors, chosen = compvis.network(state, own, weights, source)
+    parts = {network: tensors}
+    if model.conditioner.state_dict():
+        parts[model.conditioner] = compvis.conditioner(state, model.conditioner.state_dict())
+    return parts, chosen
 
 
 def default_data(channels: int, size: int) -> dict[str, Any]:
@@ -136,7 +177,7 @@ def import_folder(
             f"{folder} has no scheduler: give by -c the recipe with the process that its network was trained with{hint}"
         )
     model, filled = make({**given, "init_args": arguments}, trust, str(folder))
-    load(model, state, source)
+    load(model, {network_of(model): state}, source)
     channels, size, _ = model.image_shape
     return Imported(model, {SEED: 0, "data": default_data(channels, size), **recipe, "model": filled}, source, chosen)
 
@@ -151,8 +192,10 @@ def import_file(
     Raises:
         ValueError: If there is no configuration, or the tensors are not exactly its network's.
     """
-    state, chosen = choose_state(read(path), weights, path)
-    if DIFFUSERS_TENSOR in state:
+    held = read(path)
+    published = compvis.published(held, path)
+    state, chosen = ({}, None) if published is not None else choose_state(held, weights, path)
+    if DIFFUSERS_TENSORS & state.keys():
         raise ValueError(f"{path} has diffusers' layout; give its folder, in which config.json says what it is")
     carried = read_metadata(path).get("model")
     below: dict[str, Any] = {}
@@ -162,7 +205,10 @@ def import_file(
     if "model" not in config:
         raise ValueError(f"{path} does not say which network it is of: give a recipe by -c, such as -c cifar10")
     model, filled = make(config["model"], trust, str(path) if carried else " ".join(recipes))
-    load(model, state, path)
+    parts: dict[nn.Module, Mapping[str, Tensor]] = {network_of(model): state}
+    if published is not None:
+        parts, chosen = published_parts(model, published, weights, path)
+    load(model, parts, path)
     channels, size, _ = model.image_shape
     return Imported(model, {SEED: 0, "data": default_data(channels, size), **config, "model": filled}, path, chosen)
 
