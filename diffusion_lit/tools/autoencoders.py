@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from diffusion_lit.networks import Autoencoder, DiagonalGaussian, VectorQuantizer
+from diffusion_lit.networks import Autoencoder, DiagonalGaussian, Regularizer, VectorQuantizer
 from diffusion_lit.networks.unet import Level
 from diffusion_lit.tools.diffusers_config import Fixed, differences, image_size, levels_of, whole_numbers
 from diffusion_lit.tools.scheduler import part
@@ -87,6 +87,25 @@ def arguments(config: Mapping[str, Any]) -> FirstStage:
         },
         scale_of(config),
     )
+
+
+def build(arguments: Mapping[str, Any]) -> Autoencoder:
+    """The autoencoder of `FirstStage.network`."""
+    kinds: dict[str, type[Regularizer]] = {kind.__name__: kind for kind in (DiagonalGaussian, VectorQuantizer)}
+    given = arguments["regularizer"]
+    return Autoencoder(**{**arguments, "regularizer": kinds[given["class_path"]](**given["init_args"])})
+
+
+def loss_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the loss that an autoencoder of `FirstStage.network` is trained by, without perception.
+
+    Its perceptual network is not in the folder: a recipe says more.
+    """
+    is_kl = arguments["regularizer"]["class_path"] == DiagonalGaussian.__name__
+    terms = (
+        {"reduction": "sum", "regularizer_weight": 1e-6} if is_kl else {"reduction": "mean", "regularizer_weight": 1.0}
+    )
+    return {"class_path": "ReconstructionLoss", "init_args": {**terms, "perceptual": None}}
 
 
 def regularizer_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,15 @@ Source: the code of Rombach et al. 2022.
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.checkpoint import AVERAGED, RAW
+from diffusion_lit.codecs import FirstStage
 from diffusion_lit.diffusion import DiscreteProcess, Process
+from diffusion_lit.parts import path_of
 from diffusion_lit.tools.files import is_state, plain_names
 
 State = Mapping[str, Tensor]
@@ -64,6 +67,21 @@ def part(state: State, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def without_loss(state: State) -> dict[str, Tensor]:
+    """The tensors of a first stage without those of its loss and their averages."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith((LOSS, AVERAGE))}
+
+
+def described(model: Mapping[str, Any], state: State) -> dict[str, Any]:
+    """The configuration of a model, with what a checkpoint says of it: that it holds the first stage, and the scale."""
+    codec = model.get("init_args", {}).get("codec") or {}
+    if codec.get("class_path") != path_of(FirstStage) or not part(state, FIRST_STAGE):
+        return dict(model)
+    found = scale(state)
+    given = {**codec.get("init_args", {}), "checkpoint": None, **({} if found is None else {"scale": found})}
+    return {**model, "init_args": {**model["init_args"], "codec": {**codec, "init_args": given}}}
+
+
 def network(
     state: State, own: Collection[str], weights: str | None, source: Path
 ) -> tuple[dict[str, Tensor], str | None]:
@@ -94,8 +112,7 @@ def first_stage(
     if not inner and part(state, NETWORK):
         raise ValueError(f"{source} holds a U-Net and no first stage: give a recipe of a diffusion model by -c")
     state = inner or state
-    raw = {name: tensor for name, tensor in state.items() if not name.startswith((LOSS, AVERAGE))}
-    return _choose(raw, part(state, AVERAGE), "", own, weights, source)
+    return _choose(without_loss(state), part(state, AVERAGE), "", own, weights, source)
 
 
 def _choose(

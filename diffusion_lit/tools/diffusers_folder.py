@@ -7,44 +7,72 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_lit import codecs
 from diffusion_lit.checkpoint import AVERAGED, RAW
-from diffusion_lit.tools import scheduler, unet2d
+from diffusion_lit.networks import ADMUNet, Autoencoder
+from diffusion_lit.tools import autoencoders, scheduler, unet2d, unet2d_condition
 from diffusion_lit.tools.files import is_state, plain_names, read, read_json
-from diffusion_lit.tools.tensor_names import from_diffusers
+from diffusion_lit.tools.tensor_names import Exchanged, from_diffusers
 
-PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+LATENT = "LDMPipeline"
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", LATENT)
 PLACES = {AVERAGED: "unet_ema", RAW: "unet"}
 """Subfolders with averaged and raw weights, as diffusers' training scripts write them."""
+FIRST_STAGE = "vqvae"
+"""Subfolder with the autoencoder of `LATENT`, of whichever kind."""
 WEIGHTS_FILES = tuple(
     f"diffusion_pytorch_model{variant}.{suffix}"
     for variant in ("", ".fp16", ".bf16")
     for suffix in ("safetensors", "bin")
 )
 """Names of weights files, the preferred first: in full precision before the variants in half precision."""
+DIFFUSION, AUTOENCODER = "DiffusionModule", "AutoencoderModule"
+
+
+class Stored(NamedTuple):
+    """A network in a folder of its own.
+
+    Attributes:
+        network: The class, and arguments of which parts are configurations.
+        state: Its tensors, by our names.
+        scale: Factor from latents to what is diffused, of an autoencoder; else 1.
+        source: The file that the tensors are from.
+    """
+
+    network: dict[str, Any]
+    state: dict[str, Tensor]
+    scale: float
+    source: Path
 
 
 class Folder(NamedTuple):
     """What a folder of diffusers holds.
 
     Attributes:
-        parts: Arguments of a `DiffusionModule`: `network`, and `process`, `parameterization` and `sampler` where there
-            is a scheduler.
+        model: Class of the system.
+        parts: Its arguments: `network`, and of a diffusion model `process`, `parameterization` and `sampler` where
+            there is a scheduler, and `codec` where there is an autoencoder.
         state: Tensors of the network, by our names.
         weights: Which of two sets of weights they are, "averaged" or "raw"; None: there is one.
         source: The file that they are from.
+        first_stage: Tensors of the codec's autoencoder; None: there is none.
+        scale: Of the latents of an autoencoder alone, which its model here does not keep; None: it is no autoencoder.
     """
 
+    model: str
     parts: dict[str, Any]
     state: dict[str, Tensor]
     weights: str | None
     source: Path
+    first_stage: dict[str, Tensor] | None = None
+    scale: float | None = None
 
 
 def read_folder(folder: Path, weights: str | None = None) -> Folder:
     """Reads a folder of diffusers.
 
     Args:
-        folder: Of a pipeline or training checkpoint, or of a `UNet2DModel` alone.
+        folder: Of a pipeline or training checkpoint, or of a network alone.
         weights: "averaged" or "raw", where the folder holds both; None: averaged.
 
     Raises:
@@ -54,24 +82,57 @@ def read_folder(folder: Path, weights: str | None = None) -> Folder:
     index = folder / "model_index.json"
     pipeline = read_json(index).get("_class_name") if index.is_file() else None
     if pipeline not in (None, *PIPELINES):
-        raise ValueError(f"{folder} is a {pipeline}; only a {' or '.join(PIPELINES)} has an equal here")
+        raise ValueError(
+            f"{folder} is a {pipeline}; only {', '.join(PIPELINES)} have an equal here; give the folder of one of its "
+            "networks, and a recipe by -c"
+        )
     place, chosen = choose_place(folder, weights)
+    stored = read_network(place)
+    if stored.network["class_path"] == Autoencoder.__name__:
+        loss = autoencoders.loss_of(stored.network["init_args"])
+        parts = {"network": stored.network, "loss": loss}
+        return Folder(AUTOENCODER, parts, stored.state, chosen, stored.source, scale=stored.scale)
+    parts = {"network": stored.network, **read_scheduler(folder)}
+    if pipeline != LATENT:
+        return Folder(DIFFUSION, parts, stored.state, chosen, stored.source)
+    stage = read_network(folder / FIRST_STAGE)
+    parts["codec"] = scheduler.part(codecs.FirstStage, network=stage.network, scale=stage.scale)
+    return Folder(DIFFUSION, parts, stored.state, chosen, stored.source, stage.state)
+
+
+def read_network(place: Path) -> Stored:
+    """Reads a network from its folder; see `read_folder` for errors."""
     files = [place / name for name in WEIGHTS_FILES if (place / name).is_file()]
     if not files:
         raise FileNotFoundError(
             f"{place} has no {WEIGHTS_FILES[0]} or {WEIGHTS_FILES[1]}, nor their variant fp16 or bf16; "
             "sharded weights are not read"
         )
-    network, arguments = unet2d.arguments(read_json(place / "config.json"))
+    config = read_json(place / "config.json")
+    with torch.device("meta"):
+        # Sizes come from the file: they are compared with its tensors before memory is taken.
+        part, scale, shapes = equal_network(config)
     tensors = read(files[0])
     if not is_state(tensors):
         raise ValueError(f"{files[0]} does not hold tensors by name")
-    with torch.device("meta"):
-        # Sizes come from the file: they are compared with its tensors before memory is taken.
-        shapes = network(**arguments)
-    state = from_diffusers(plain_names(tensors), shapes, files[0])
-    parts = {"network": scheduler.part(network, **arguments), **read_scheduler(folder)}
-    return Folder(parts, state, chosen, files[0])
+    return Stored(part, from_diffusers(plain_names(tensors), shapes, files[0]), scale, files[0])
+
+
+def equal_network(config: Mapping[str, Any]) -> tuple[dict[str, Any], float, Exchanged]:
+    """The network that a config.json describes, as configuration, its scale, and as an object.
+
+    Raises:
+        ValueError: If it has no equal here.
+    """
+    kind = config.get("_class_name")
+    if kind in autoencoders.CLASSES:
+        stage = autoencoders.arguments(config)
+        return scheduler.part(Autoencoder, **stage.network), stage.scale, autoencoders.build(stage.network)
+    if kind == unet2d_condition.CLASS:
+        arguments = unet2d_condition.arguments(config)
+        return scheduler.part(ADMUNet, **arguments), 1.0, ADMUNet(**arguments)
+    network, arguments = unet2d.arguments(config)
+    return scheduler.part(network, **arguments), 1.0, network(**arguments)
 
 
 def choose_place(folder: Path, weights: str | None) -> tuple[Path, str | None]:

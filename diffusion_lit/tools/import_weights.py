@@ -8,6 +8,7 @@ layout of DDIM's or OpenAI's code, for which a recipe gives it; these name their
 """
 
 import argparse
+import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ import lightning.pytorch as L
 from torch import Tensor, nn
 
 from diffusion_lit.checkpoint import AVERAGED, RAW, WholeFiles
+from diffusion_lit.codecs import FirstStage
+from diffusion_lit.codecs.files import fingerprint_of
 from diffusion_lit.configuration import Merge, build
 from diffusion_lit.data import Folder, ImageData
 from diffusion_lit.module import DiffusionModule
@@ -25,13 +28,16 @@ from diffusion_lit.recipes import layers
 from diffusion_lit.sections import CARRIED, SEED
 from diffusion_lit.system import System
 from diffusion_lit.tools import compvis
-from diffusion_lit.tools.diffusers_folder import PLACES, read_folder, read_scheduler
+from diffusion_lit.tools.diffusers_folder import AUTOENCODER, DIFFUSION, PLACES, read_folder, read_scheduler
 from diffusion_lit.tools.files import announce, check_tensors, choose_state, listed, parse_json, read, read_metadata
 from diffusion_lit.tools.scheduler import part
 
 DIFFUSERS_TENSORS = {"time_embedding.linear_1.weight", "encoder.conv_norm_out.weight"}
 ADVERSARIAL = "adversarial"
 """The part of a model with its discriminator."""
+OPTIONAL = (f"{ADVERSARIAL}.", "codec.")
+"""With which the names of tensors begin that may be missing. The codec's say how latents are scaled, which is
+configured."""
 
 
 class Imported(NamedTuple):
@@ -112,11 +118,10 @@ def load(model: System, parts: Mapping[nn.Module, Mapping[str, Tensor]], source:
         ValueError: If they are not exactly the parts' tensors, or not finite, or others of the model are missing.
     """
     given = {id(tensor) for module in parts for tensor in module.state_dict(keep_vars=True).values()}
-    optional = f"{ADVERSARIAL}."
     others = [
         name
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if id(tensor) not in given and not name.startswith(optional)
+        if id(tensor) not in given and not name.startswith(OPTIONAL)
     ]
     if others:
         raise ValueError(f"{type(model).__name__} has tensors that {source} has not: {listed(others)}")
@@ -127,6 +132,28 @@ def load(model: System, parts: Mapping[nn.Module, Mapping[str, Tensor]], source:
         real = {name: tensor for name, tensor in state.items() if name not in counts}
         check_tensors({name: tensor.shape for name, tensor in own.items() if name not in counts}, real, source)
         module.load_state_dict({**counts, **state})
+
+
+def fill_first_stage(model: System, state: Mapping[str, Tensor], source: Path) -> None:
+    """Gives the codec of a diffusion model the tensors of its autoencoder.
+
+    Raises:
+        ValueError: If they are not exactly the autoencoder's, or the scale of its latents is not known.
+    """
+    codec = model.codec
+    if not isinstance(codec, FirstStage):
+        raise ValueError(
+            f"{source} holds an autoencoder and the model has a {type(codec).__name__} for a codec; give a recipe of "
+            "latent diffusion by -c"
+        )
+    if not codec.scale.isfinite().all():
+        raise ValueError(
+            f"{source} does not say by which factor latents were scaled; set model.codec.scale in a recipe of your own"
+        )
+    network = copy.deepcopy(codec.network)
+    check_tensors({name: tensor.shape for name, tensor in network.state_dict().items()}, state, source)
+    network.load_state_dict(state)
+    codec.restore({"fingerprint": fingerprint_of(network), "weights": network.state_dict()})
 
 
 def published_parts(
@@ -149,10 +176,14 @@ def published_parts(
         tensors = compvis.part(state, compvis.DISCRIMINATOR)
         return {**parts, **({discriminator: tensors} if discriminator is not None and tensors else {})}, chosen
     compvis.check_process(state, model.process, source)
+    stage = compvis.part(state, compvis.FIRST_STAGE)
+    if stage:
+        fill_first_stage(model, compvis.without_loss(stage), source)
     tensors, chosen = compvis.network(state, own, weights, source)
     parts = {network: tensors}
-    if model.conditioner.state_dict():
-        parts[model.conditioner] = compvis.conditioner(state, model.conditioner.state_dict())
+    weights_of_conditioner = dict(model.conditioner.named_parameters())
+    if weights_of_conditioner:
+        parts[model.conditioner] = compvis.conditioner(state, weights_of_conditioner)
     return parts, chosen
 
 
@@ -166,20 +197,39 @@ def import_folder(
     folder: Path, recipes: Sequence[str], weights: str | None = None, trust: Collection[str] = ()
 ) -> Imported:
     """Imports a folder of diffusers; what it says wins over the recipes, which may add data, scores and optimiser."""
-    parts, state, chosen, source = read_folder(folder, weights)
+    found = read_folder(folder, weights)
     recipe = read_recipes(recipes, trust)
     given = recipe.get("model", {})
-    arguments = {**given.get("init_args", {}), **parts}
-    if "process" not in parts and not given:
+    arguments = {**(found.parts if found.model == AUTOENCODER else {}), **given.get("init_args", {})}
+    arguments |= {name: value for name, value in found.parts.items() if name != "loss"}
+    if found.model == DIFFUSION and "process" not in found.parts and not given:
         above = folder.absolute().parent
         hint = f", or import {above}, which has one" if read_scheduler(above) else ""
         raise ValueError(
             f"{folder} has no scheduler: give by -c the recipe with the process that its network was trained with{hint}"
         )
-    model, filled = make({**given, "init_args": arguments}, trust, str(folder))
-    load(model, {network_of(model): state}, source)
+    model, filled = make({"class_path": found.model, **given, "init_args": arguments}, trust, str(folder))
+    if found.first_stage is not None:
+        fill_first_stage(model, found.first_stage, found.source)
+    load(model, {network_of(model): found.state}, found.source)
+    return imported(model, filled, recipe, found.source, found.weights)
+
+
+def imported(
+    model: System, filled: dict[str, Any], config: Mapping[str, Any], source: Path, weights: str | None
+) -> Imported:
+    """A model that has its weights, with the sections that its checkpoint carries.
+
+    Args:
+        model: The model.
+        filled: Its configuration.
+        config: Sections of recipes.
+        source: The file that the weights are from.
+        weights: Which of two sets they are.
+    """
     channels, size, _ = model.image_shape
-    return Imported(model, {SEED: 0, "data": default_data(channels, size), **recipe, "model": filled}, source, chosen)
+    sections = {SEED: 0, "data": default_data(channels, size), **config, "model": filled}
+    return Imported(model, sections, source, weights)
 
 
 def import_file(
@@ -204,13 +254,13 @@ def import_file(
     config = read_recipes(recipes, trust, below)
     if "model" not in config:
         raise ValueError(f"{path} does not say which network it is of: give a recipe by -c, such as -c cifar10")
-    model, filled = make(config["model"], trust, str(path) if carried else " ".join(recipes))
+    described = config["model"] if published is None else compvis.described(config["model"], published)
+    model, filled = make(described, trust, str(path) if carried else " ".join(recipes))
     parts: dict[nn.Module, Mapping[str, Tensor]] = {network_of(model): state}
     if published is not None:
         parts, chosen = published_parts(model, published, weights, path)
     load(model, parts, path)
-    channels, size, _ = model.image_shape
-    return Imported(model, {SEED: 0, "data": default_data(channels, size), **config, "model": filled}, path, chosen)
+    return imported(model, filled, config, path, chosen)
 
 
 def save(model: System, config: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from diffusion_lit.networks import Autoencoder, DiagonalGaussian, Regularizer, VectorQuantizer
+from diffusion_lit.networks import Autoencoder
 from diffusion_lit.tools import autoencoders
 from diffusion_lit.tools.tensor_names import from_diffusers, to_diffusers
 from tests.tools.diffusers_models import assert_close, randomised, seeded
@@ -52,10 +52,7 @@ def config_of(model: Any) -> dict[str, Any]:
 
 
 def built(arguments: Mapping[str, Any]) -> Autoencoder:
-    kinds: dict[str, type[Regularizer]] = {c.__name__: c for c in (DiagonalGaussian, VectorQuantizer)}
-    regularizer = arguments["regularizer"]
-    made = kinds[regularizer["class_path"]](**regularizer["init_args"])
-    return Autoencoder(**{**arguments, "regularizer": made}).eval()
+    return autoencoders.build(arguments).eval()
 
 
 def pictures(channels: int, dtype: torch.dtype) -> Tensor:

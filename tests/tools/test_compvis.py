@@ -16,7 +16,6 @@ from diffusion_lit.conditioner import Conditioner
 from diffusion_lit.methods.autoencoder.module import AutoencoderModule
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet, Autoencoder, PatchGAN, TextEncoder, VectorQuantizer
-from diffusion_lit.tools import compvis
 from diffusion_lit.tools.import_weights import main
 from diffusion_lit.types import Condition
 from tests.tools.test_published_layouts import random_state
@@ -30,7 +29,9 @@ SIZES: dict[str, Any] = {
     "num_groups": 4,
 }
 UNET: dict[str, Any] = {**SIZES, "num_heads": 2, "scale_shift_norm": False, "resblock_updown": False}
-STAGE: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "attention"}
+STAGE: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "attention"} | {"image_size": 16}
+CODES: dict[str, Any] = {"class_path": "VectorQuantizer", "init_args": {"num_codes": 7}}
+AUTOENCODER: dict[str, Any] = {"class_path": "Autoencoder", "init_args": {**STAGE, "regularizer": CODES}}
 STEPS = 20
 
 
@@ -65,19 +66,19 @@ def latent_diffusion(**changes: Any) -> dict[str, Tensor]:
 
 
 def recipe(folder: Path, **init_args: Any) -> str:
-    """Of a diffusion model in the latents, without the first stage."""
+    """Of a diffusion model in the latents; the checkpoint that it names for the first stage does not exist."""
     schedule = {"class_path": "ScaledLinear", "init_args": {"beta_start": 0.0015, "beta_end": 0.0195}}
     network = {"class_path": "ADMUNet", "init_args": {**UNET, **init_args.pop("network", {})}}
     process = {"class_path": "DiscreteProcess", "init_args": {"num_steps": STEPS, "schedule": schedule}}
-    parts = {"network": network, "process": process, "sampler": {"steps": 5}, **init_args}
+    codec = {"class_path": "FirstStage", "init_args": {"checkpoint": "runs/nowhere.ckpt", "network": AUTOENCODER}}
+    sampler = {"class_path": "DDIM", "init_args": {"steps": 5, "clip": False}}
+    parts = {"network": network, "process": process, "sampler": sampler, "codec": codec, **init_args}
     return written(folder, {"model": {"class_path": "DiffusionModule", "init_args": parts}})
 
 
 def stage_recipe(folder: Path, **init_args: Any) -> str:
-    codes = {"class_path": "VectorQuantizer", "init_args": {"num_codes": 7}}
-    network = {"class_path": "Autoencoder", "init_args": {**STAGE, "regularizer": codes}}
     loss = {"reduction": "mean", "perceptual": None}
-    model = {"class_path": "AutoencoderModule", "init_args": {"network": network, "loss": loss, **init_args}}
+    model = {"class_path": "AutoencoderModule", "init_args": {"network": AUTOENCODER, "loss": loss, **init_args}}
     return written(folder, {"model": model})
 
 
@@ -233,6 +234,42 @@ def test_a_recipe_of_the_wrong_kind_is_refused(layout: str, words: str, tmp_path
         imported(saved(tmp_path, state), path)
 
 
+@torch.no_grad()
+def test_a_diffusion_model_brings_its_first_stage_and_scale(tmp_path: Path) -> None:
+    model = imported(saved(tmp_path, latent_diffusion()), recipe(tmp_path))
+    assert_holds(model.codec.network, state_of(first_stage(), 3))
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = first_stage()
+    expected.load_state_dict(state_of(expected, 3))
+    torch.testing.assert_close(model.codec.decode(latents), expected.eval().decode(latents / 0.7))
+    assert model.sample(range(2)).shape == (2, 3, 16, 16)
+
+
+def test_a_file_without_first_stage_needs_that_of_the_recipe(tmp_path: Path) -> None:
+    state = {name: t for name, t in latent_diffusion().items() if not name.startswith("first_stage_model.")}
+    with pytest.raises(FileNotFoundError, match=r"runs/nowhere\.ckpt"):
+        imported(saved(tmp_path, state), recipe(tmp_path))
+    stage = tmp_path / "stage.ckpt"
+    torch.save(state_of(first_stage(), 3), tmp_path / "stage.pt")
+    main([str(tmp_path / "stage.pt"), "-c", stage_recipe(tmp_path), "--out", str(stage)])
+    codec = {"class_path": "FirstStage", "init_args": {"checkpoint": str(stage)}}
+    model = imported(saved(tmp_path, state), recipe(tmp_path, codec=codec))
+    assert_holds(model.codec.network, state_of(first_stage(), 3))
+
+
+def test_a_model_of_pixels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds an autoencoder and the model has a Pixels"):
+        imported(saved(tmp_path, latent_diffusion()), recipe(tmp_path, codec={"class_path": "Pixels"}))
+
+
+def test_a_scale_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
+    network = {"class_path": "Autoencoder", "init_args": {**STAGE, "regularizer": "DiagonalGaussian"}}
+    codec = {"class_path": "FirstStage", "init_args": {"network": network}}
+    state = {name: t for name, t in latent_diffusion().items() if name != "scale_factor"}
+    with pytest.raises(ValueError, match=r"by which factor latents were scaled; set model\.codec\.scale"):
+        imported(saved(tmp_path, state), recipe(tmp_path, codec=codec))
+
+
 # The conditioner
 
 
@@ -309,8 +346,3 @@ def test_a_checkpoint_of_our_own_is_recognized(tmp_path: Path) -> None:
     del model
     with pytest.raises(ValueError, match="is a checkpoint of this program: give it to --ckpt_path"):
         main([str(tmp_path / "imported.ckpt"), "-c", recipe(tmp_path), "--out", str(tmp_path / "again.ckpt")])
-
-
-def test_the_scale_is_read() -> None:
-    assert compvis.scale(latent_diffusion()) == pytest.approx(0.7)
-    assert compvis.scale({}) is None

@@ -232,7 +232,7 @@ def test_a_network_of_another_form_is_refused_with_the_reason(
         ("unet/config.json", {"layers_per_block": "1"}, ["layers_per_block='1'", "whole numbers"]),
         ("unet/config.json", {"block_out_channels": []}, ["block_out_channels=[]"]),
         ("unet/config.json", {"block_out_channels": [8, 16_000_000]}, ["misshapen"]),
-        ("model_index.json", {"_class_name": "LDMPipeline"}, ["LDMPipeline", "DDPMPipeline or DDIMPipeline"]),
+        ("model_index.json", {"_class_name": "PNDMPipeline"}, ["PNDMPipeline", "DDPMPipeline, DDIMPipeline"]),
         ("scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"}, ["PNDMScheduler"]),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, ["beta_schedule='sigmoid'", "linear"]),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, ["prediction_type='flow'", "epsilon"]),
