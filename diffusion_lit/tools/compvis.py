@@ -17,6 +17,8 @@ from torch import Tensor
 from diffusion_lit.checkpoint import AVERAGED, RAW
 from diffusion_lit.codecs import FirstStage
 from diffusion_lit.diffusion import DiscreteProcess, Process
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.networks import TextEncoder
 from diffusion_lit.parts import path_of
 from diffusion_lit.tools.files import is_state, plain_names
 
@@ -39,6 +41,8 @@ OURS = "denoiser.network."
 ALPHA_BAR, SCALE = "alphas_cumprod", "scale_factor"
 TOLERANCE = 1e-3
 HEAD = "to_logits."
+TEXT = "transformer."
+"""Inside of a conditioner, with which the names of a text encoder's tensors begin."""
 
 
 def published(held: object, source: Path) -> dict[str, Tensor] | None:
@@ -177,3 +181,18 @@ def check_process(state: State, process: Process, source: Path) -> None:
 
 def _first_beta(alpha_bar: Tensor) -> float:
     return 1 - float(alpha_bar[0])
+
+
+def tensors(model: DiffusionModule) -> dict[str, Tensor]:
+    """All tensors of a model by the names of that layout; one set of weights, without the tables of the process."""
+    encoders = [f"{name}." for name, part in model.conditioner.named_modules() if isinstance(part, TextEncoder)]
+    own = {}
+    for name, tensor in model.conditioner.named_parameters():
+        prefix = next((encoder for encoder in encoders if name.startswith(encoder)), None)
+        own[name if prefix is None else TEXT + name.removeprefix(prefix)] = tensor
+    stage = model.codec.network.state_dict() if isinstance(model.codec, FirstStage) else {}
+    return {
+        **{NETWORK + name: tensor for name, tensor in model.denoiser.network.state_dict().items()},
+        **{CONDITIONER + name: tensor.detach() for name, tensor in own.items()},
+        **{FIRST_STAGE + name: tensor for name, tensor in stage.items()},
+    }

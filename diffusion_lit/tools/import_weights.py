@@ -48,12 +48,14 @@ class Imported(NamedTuple):
         config: What its checkpoint carries.
         source: The file that the weights are from.
         weights: Which of two sets of weights in the source they are; None: there is one.
+        scale: Factor from an autoencoder's latents to those that are diffused, where its source says it.
     """
 
     model: System
     config: dict[str, Any]
     source: Path
     weights: str | None
+    scale: float | None = None
 
 
 def read_recipes(
@@ -212,7 +214,7 @@ def import_folder(
     if found.first_stage is not None:
         fill_first_stage(model, found.first_stage, found.source)
     load(model, {network_of(model): found.state}, found.source)
-    return imported(model, filled, recipe, found.source, found.weights)
+    return imported(model, filled, recipe, found.source, found.weights)._replace(scale=found.scale)
 
 
 def imported(
@@ -291,6 +293,8 @@ def report(imported: Imported, source: Path, out: Path) -> str:
     if imported.weights is not None:
         other = RAW if imported.weights == AVERAGED else AVERAGED
         line += f", {imported.weights} weights of {imported.source}; --weights {other} chooses the others"
+    if imported.scale is not None:
+        line += f"; for diffusion in its latents set codec.scale to {imported.scale}"
     beside = source.parent / PLACES[AVERAGED]
     if source.name == PLACES[RAW] and beside.is_dir():
         line += f"; averaged weights lie beside it, in {beside}"

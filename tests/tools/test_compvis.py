@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion_lit.checkpoint import load_model
@@ -16,6 +16,7 @@ from diffusion_lit.conditioner import Conditioner
 from diffusion_lit.methods.autoencoder.module import AutoencoderModule
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet, Autoencoder, PatchGAN, TextEncoder, VectorQuantizer
+from diffusion_lit.tools import export_weights
 from diffusion_lit.tools.import_weights import main
 from diffusion_lit.types import Condition
 from tests.tools.test_published_layouts import random_state
@@ -311,7 +312,15 @@ def test_the_text_encoder_is_loaded_without_its_unused_head(tmp_path: Path) -> N
     state |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in weights.items()}
     path = recipe(tmp_path, network={"context_width": 6}, conditioner={"class_path": f"{__name__}.Texts"})
     model = imported(saved(tmp_path, state), path, trust=__name__)
-    assert_holds(model.conditioner.encoder, {n: t for n, t in weights.items() if "to_logits" not in n})
+    expected = {name: tensor for name, tensor in weights.items() if "to_logits" not in name}
+    assert_holds(model.conditioner.encoder, expected)
+    # And goes out, with the whole model, as it came in.
+    out = ["--out", str(tmp_path / "out"), "--trust", __name__]
+    export_weights.main([str(tmp_path / "imported.ckpt"), "--to", "safetensors", *out])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    texts = {name.removeprefix("cond_stage_model."): t for name, t in found.items() if "cond_stage" in name}
+    assert texts.keys() == {f"transformer.{name}" for name in expected}
+    assert {name for name in found if "cond_stage" not in name} < state.keys()
 
 
 def test_the_tokens_of_classes_are_loaded(tmp_path: Path) -> None:

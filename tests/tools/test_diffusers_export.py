@@ -41,7 +41,7 @@ from diffusion_lit.diffusion import (
 )
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet
-from diffusion_lit.tools import export_weights, scheduler, unet2d
+from diffusion_lit.tools import diffusers_writer, export_weights, scheduler, unet2d
 from diffusion_lit.tools.tensor_names import to_diffusers
 from diffusion_lit.types import Condition, Network
 from tests.tools.diffusers_models import (
@@ -122,7 +122,7 @@ def test_adms_network_gives_the_same_output_there(changes: dict[str, Any]) -> No
 def test_the_exported_pipelines_images_are_those_of_adms_network(tmp_path: Path) -> None:
     network = adm(out_channels=6, head_channels=4)
     model = DiffusionModule(network, DiscreteProcess(T), sampler=Ancestral(variance=LearnedRange())).eval()
-    export_weights.write_diffusers(model, tmp_path / "pipeline")
+    diffusers_writer.write_diffusers(model, tmp_path / "pipeline")
     there = DDPMPipeline.from_pretrained(tmp_path / "pipeline")
     assert_close(*same_noise(there.scheduler, there.unet, model, T), tolerance=1e-4)
     again = imported(tmp_path / "pipeline").denoiser.network
@@ -190,7 +190,7 @@ def test_the_exported_pipelines_ddim_images_are_ours(
     model = DiffusionModule(
         ours(), DiscreteProcess(T, schedule), parameterization, sampler=DDIM(10, grid=grid, clip=clip)
     ).eval()
-    export_weights.write_diffusers(model, tmp_path / "pipeline")
+    diffusers_writer.write_diffusers(model, tmp_path / "pipeline")
     there = DDIMPipeline.from_pretrained(tmp_path / "pipeline")
     assert isinstance(there.scheduler, DDIMScheduler)
     pair = same_noise(there.scheduler, there.unet, model, 10, use_clipped_model_output=clip)
@@ -201,7 +201,7 @@ def test_the_exported_pipelines_ddim_images_are_ours(
 def test_the_exported_pipelines_ddpm_images_are_ours(variance: Any, tmp_path: Path) -> None:
     network = ours(out_channels=6 if isinstance(variance, LearnedRange) else 3)
     model = DiffusionModule(network, DiscreteProcess(T), sampler=Ancestral(variance=variance)).eval()
-    export_weights.write_diffusers(model, tmp_path / "pipeline")
+    diffusers_writer.write_diffusers(model, tmp_path / "pipeline")
     there = DDPMPipeline.from_pretrained(tmp_path / "pipeline")
     assert_close(*same_noise(there.scheduler, there.unet, model, T), tolerance=1e-4)
 
@@ -268,7 +268,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_a_model_that_diffusers_has_not_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     model = DiffusionModule(**{"network": ours(), "process": DiscreteProcess(T), "sampler": DDIM(10), **changes})
     with pytest.raises(ValueError, match=f"diffusers has no .*{words}"):
-        export_weights.write_whole(tmp_path / "pipeline", lambda folder: export_weights.write_diffusers(model, folder))
+        export_weights.write_whole(
+            tmp_path / "pipeline", lambda folder: diffusers_writer.write_diffusers(model, folder)
+        )
     assert not list(tmp_path.iterdir())
 
 
