@@ -173,8 +173,8 @@ def check_process(state: State, process: Process, source: Path) -> None:
     ours = alpha.flatten().double().square()
     if ((ours - theirs).abs() > TOLERANCE * theirs).any():
         raise ValueError(
-            f"{source} was trained with another schedule: its betas run from {_first_beta(theirs):.6g}, to alpha_bar = "
-            f"{float(theirs[-1]):.6g}, and the recipe's from {_first_beta(ours):.6g} to {float(ours[-1]):.6g}; set "
+            f"{source} was trained with another schedule: its betas run from {_first_beta(theirs):.4g}, to alpha_bar = "
+            f"{float(theirs[-1]):.6g}, and the recipe's from {_first_beta(ours):.4g} to {float(ours[-1]):.6g}; set "
             "process.schedule"
         )
 
