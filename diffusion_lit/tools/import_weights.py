@@ -4,7 +4,8 @@
     python -m diffusion_lit import ema_diffusion_cifar10.ckpt -c cifar10 --out ...
 
 SOURCE is a folder of diffusers or a model.safetensors of `export`, which carry their configuration, or a file in the
-layout of DDIM's or OpenAI's code, for which a recipe gives it; these name their tensors as our networks do.
+layout of DDIM's, OpenAI's or latent diffusion's code, for which a recipe gives it; these name their tensors as our
+networks do.
 """
 
 import argparse
@@ -309,7 +310,7 @@ def main(args: Sequence[str]) -> None:
         ValueError: If the weights do not fit, a file is not safe to read, or the checkpoint exists already.
     """
     parser = argparse.ArgumentParser(prog="diffusion_lit import", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", help="a folder of diffusers, or a file of export, DDIM or OpenAI")
+    parser.add_argument("source", help="a folder of diffusers, or a file of export or published code")
     parser.add_argument("--out", required=True, help="the checkpoint to write")
     parser.add_argument("-c", "--config", action="append", default=[], help="a recipe; later ones win")
     parser.add_argument(
