@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from diffusion_lit import cli
+from diffusion_lit.callbacks.ema import EMA, NOTABLE
+from diffusion_lit.command import parse
 from diffusion_lit.diffusion import DDIM, Ancestral, FixedLarge, FixedSmall
 from diffusion_lit.execution import Execution
 from diffusion_lit.networks import NoisyClassifier
 from diffusion_lit.networks.layers import ResBlock
-from diffusion_lit.recipes import layers, read_file, recipes
+from diffusion_lit.recipes import layers, names, read_file, recipes
 from diffusion_lit.trainer import Trainer
 from diffusion_lit.upgrade import FORMAT
 
@@ -259,6 +261,13 @@ def test_a_recipe_is_short_and_says_only_what_differs_from_what_it_includes(path
         if included.get(key, object()) == value and not any(key[: len(c)] == c for c in chosen)
     ]
     assert repeated == []
+
+
+@pytest.mark.parametrize("recipe", sorted(set(names()) - {"base"}))
+def test_the_average_of_a_whole_run_is_of_trained_weights(recipe: str) -> None:
+    tree = cli.merged(parse(["fit", "-c", recipe], ["fit"]), cli.command_slots("fit"))
+    if tree.get("ema", {}) is not None and "max_steps" in tree["trainer"]:
+        assert EMA(**tree.get("ema", {})).start_share(tree["trainer"]["max_steps"]) <= NOTABLE
 
 
 def test_a_recipe_has_at_most_17_lines_on_average() -> None:

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info
 
 from diffusion_lit.averaging import HalfLife, WeightAverages
 from diffusion_lit.system import System
+
+NOTABLE = 0.1
+"""Share of the first weights in an average above which a run says so."""
 
 
 class EMA(L.Callback):
@@ -55,9 +59,22 @@ class EMA(L.Callback):
             return
         decays: list[float | HalfLife] = [*self.decays, *self._by_images(trainer)]
         pl_module.averages = WeightAverages(pl_module, decays, self.warmup, pl_module.averaged_names())
+        share = self.start_share(trainer.max_steps)
+        if share > NOTABLE:
+            rank_zero_info(
+                f"ema: after the {trainer.max_steps} steps of this run the average of decay {self.decays[0]}, which "
+                f"stands for the model, still holds {share:.0%} of the weights that it starts from; lower "
+                "--ema.decays, set --ema.warmup true, or --ema null"
+            )
         if self._restored is not None:
             pl_module.averages.load_state_dict(self._restored, self._restored["primary"])
             self._restored = None
+
+    def start_share(self, steps: int) -> float:
+        """How much of the first weights the primary average holds after so many steps; -1: of a run without end."""
+        if steps < 0 or self.warmup or not self.decays:
+            return 0.0
+        return float(self.decays[0] ** steps)
 
     def _by_images(self, trainer: L.Trainer) -> list[HalfLife]:
         if not self.half_lives:

@@ -379,3 +379,15 @@ def test_a_keyboard_interrupt_at_any_place_leaves_the_last_checkpoint_as_it_is(t
     with pytest.raises(SystemExit):
         tiny.trainer(tmp_path, 5, [EMA(), Interrupt(), Checkpoints(every_n_steps=2)]).fit(tiny.module(), tiny.data())
     assert load(last(tmp_path))["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("ema", "share"), [(EMA([0.999]), 0.9970), (EMA([0.999], warmup=True), 0.0), (EMA([0.1]), 0.001)]
+)
+def test_an_average_that_is_mostly_of_the_first_weights_is_said(
+    ema: EMA, share: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ema.start_share(3) == pytest.approx(share, abs=1e-4)
+    with caplog.at_level("INFO"):
+        tiny.trainer(tmp_path, 3, callbacks=[ema, Checkpoints()]).fit(tiny.module(), tiny.data())
+    assert ("still holds 100% of the weights that it starts from" in caplog.text) == (share > 0.1)
