@@ -1,5 +1,8 @@
 """Images: where they come from and how they reach the model."""
 
+from diffusion_lit.data.caption_forms import CaptionForm, COCOCaptions, Metadata, TextFiles
+from diffusion_lit.data.captioned_digits import CaptionedDigits
+from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.cifar10 import CIFAR10
 from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, Example, ImageDataset, InMemoryImages, Split
 from diffusion_lit.data.degradation import Area, Bicubic, BSRLight, Degradation
@@ -12,6 +15,7 @@ from diffusion_lit.data.module import ImageData
 from diffusion_lit.data.mvtec import DefectImages, MVTec
 from diffusion_lit.data.prepared import Prepared
 from diffusion_lit.data.source import Source
+from diffusion_lit.data.webdataset import WebDataset
 
 __all__ = [
     "CIFAR10",
@@ -19,6 +23,10 @@ __all__ = [
     "Area",
     "BSRLight",
     "Bicubic",
+    "COCOCaptions",
+    "CaptionForm",
+    "CaptionedDigits",
+    "Captions",
     "CentreHole",
     "CorruptImage",
     "CorruptImageWarning",
@@ -36,8 +44,11 @@ __all__ = [
     "MVTec",
     "MaskFiles",
     "Masks",
+    "Metadata",
     "Prepared",
     "Source",
     "Split",
+    "TextFiles",
+    "WebDataset",
     "WithMaps",
 ]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusion_lit.text import stack_texts
+from diffusion_lit.data.captions import Captions
+from diffusion_lit.data.decode import spread
+from diffusion_lit.text import decode_text, stack_texts
 from diffusion_lit.types import Batch
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -64,7 +66,12 @@ class ImageDataset(Dataset[Example], ABC):
         image_size: Height and width in pixels.
         channels: 1 or 3.
         class_names: Name of each class, in the order of the labels; None if there are no classes or they have no names.
+
+    Attributes:
+        captions: Of which one is taken each time that an image is read; None: there are none, or `read` gives them.
     """
+
+    captions: Captions | None = None
 
     def __init__(self, name: str, image_size: int, channels: int, class_names: Sequence[str] | None = None) -> None:
         self.name = name
@@ -109,16 +116,26 @@ class ImageDataset(Dataset[Example], ABC):
         return cast(Batch, {key: stack.get(key, torch.stack)(column) for key, column in columns.items()})
 
     def vary(self, batch: Batch, indices: Sequence[int], draws: Sequence[int]) -> Batch:
-        """Adds to a batch what may differ each time that an image is read, such as one of its captions.
+        """Adds to a batch what may differ each time that an image is read: by default one of its captions, if any.
 
-        By default nothing. Called with what `batch` returned, after it.
+        Called with what `batch` returned, after it.
 
         Args:
             batch: Of these images.
             indices: Which images, (B,).
             draws: One number for each, from which all that is random follows; 0 outside of training: see `Key`.
         """
+        if self.captions is not None:
+            batch["caption"] = self.captions.choose(indices, draws)
         return batch
+
+    def texts(self, at_most: int) -> list[str]:
+        """Captions of images evenly spread over the set, such as to learn a vocabulary from; [] if there are none."""
+        if self.captions is not None:
+            return list(self.captions.some(at_most))
+        if not len(self) or "caption" not in self.read(0):
+            return []
+        return decode_text(stack_texts([self.read(index)["caption"] for index in spread(len(self), at_most)]))
 
     def preload(self, skip_corrupt: bool) -> "ImageDataset":
         """Returns the dataset to use: this one, or a copy that holds all images in memory.
@@ -178,9 +195,11 @@ class InMemoryImages(ImageDataset):
         return batch
 
     def fingerprint(self) -> str:
-        """SHA-256 of the shape and all pixels."""
+        """SHA-256 of the shape and all pixels, and of the captions if there are any."""
         if self._fingerprint is None:
             digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
             digest.update(self.images.numpy().data)
+            if self.captions is not None:
+                digest.update(self.captions.fingerprint().encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint

@@ -98,6 +98,9 @@ class DerivedImages(ImageDataset):
         ]
         return cast(Batch, varied | ({self.entry: torch.stack(rows)} if rows else {}))
 
+    def texts(self, at_most: int) -> list[str]:
+        return self.images.texts(at_most)
+
     def preload(self, skip_corrupt: bool) -> "ImageDataset":
         loaded = self.images.preload(skip_corrupt)
         # Images that were left out would move the numbers of those behind them.

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from tqdm import tqdm
 
+from diffusion_lit.data.caption_forms import CaptionForm
 from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, Example, ImageDataset, InMemoryImages, Split
 from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Source, at_least
@@ -42,6 +43,8 @@ class Folder(Source):
             not trained on, in [0, 1). Which ones depends on their names alone.
         labels: Whether sub-folders are classes. None: as described above.
         in_memory: Whether to decode all images once, when training starts. None: if they fit 2 GiB.
+        captions: The form in which the images have captions: `TextFiles`, `Metadata` or `COCOCaptions`; None: they have
+            none.
 
     Raises:
         ValueError: If a number is out of range.
@@ -56,6 +59,7 @@ class Folder(Source):
         val_fraction: float = 0.0,
         labels: bool | None = None,
         in_memory: bool | None = None,
+        captions: CaptionForm | None = None,
     ) -> None:
         at_least("source.image_size", image_size, 1)
         if channels not in (1, 3):
@@ -74,6 +78,7 @@ class Folder(Source):
         self.val_fraction = val_fraction
         self.labels = labels
         self.in_memory = in_memory
+        self.captions = captions
         self._training_classes: list[str] | None = None
 
     @property
@@ -96,7 +101,7 @@ class Folder(Source):
         classes = self._classes(split, root, files)
         if classes:
             rank_zero_info(f"{name}: {len(classes)} classes, from {classes[0]} to {classes[-1]}")
-        if others:
+        if others and self.captions is None:
             rank_zero_info(
                 f"{name}: ignored {len(others):,} files that are not images by their names: {several(others)}"
             )
@@ -104,7 +109,10 @@ class Folder(Source):
             files = part_of(files, self.val_fraction, split != "train", root)
         bytes_in_memory = len(files) * self.channels * self.image_size**2
         in_memory = bytes_in_memory <= IN_MEMORY_BYTES if self.in_memory is None else self.in_memory
-        return FolderImages(name, root, files, classes, self.image_size, self.channels, in_memory)
+        images = FolderImages(name, root, files, classes, self.image_size, self.channels, in_memory)
+        if self.captions is not None:
+            images.captions = self.captions.captions(root, files, split)
+        return images
 
     def remedy(self, split: Split) -> str:
         return "; set --data.source.val_root to a folder of images, or --data.source.val_fraction 0.05"
@@ -178,11 +186,13 @@ class FolderImages(ImageDataset):
         return decode_all(self, skip_corrupt) if self.in_memory else self
 
     def fingerprint(self) -> str:
-        """SHA-256 of every file's name, size and time, and of the preprocessing."""
+        """SHA-256 of every file's name, size and time, of the preprocessing, and of the captions if there are any."""
         digest = hashlib.sha256(f"{self.channels} {self.image_size} {PREPROCESSING}".encode())
         for index in range(len(self)):
             status = self.path(index).stat()
             digest.update(b"%s %d %d\0" % (bytes(self.files[index]), status.st_size, status.st_mtime_ns))
+        if self.captions is not None:
+            digest.update(self.captions.fingerprint().encode())
         return digest.hexdigest()
 
 
@@ -317,7 +327,10 @@ def decode_all(images: FolderImages, skip_corrupt: bool) -> InMemoryImages:
     if errors:
         pixels = pixels[keep]
     labels = None if images.labels is None else images.labels[keep]
-    return InMemoryImages(images.name, pixels, labels, images.class_names)
+    decoded = InMemoryImages(images.name, pixels, labels, images.class_names)
+    if images.captions is not None:
+        decoded.captions = images.captions.kept(keep.nonzero().flatten().tolist()) if errors else images.captions
+    return decoded
 
 
 def _progress(images: FolderImages) -> tqdm:
