@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from diffusion_lit.averaging import WeightAverages
 from diffusion_lit.checkpoint import AVERAGED, RAW, choose_weights
@@ -232,8 +233,8 @@ class Weighted(L.LightningModule, Part):
             checkpoint["state_dict"] = {**primary, **checkpoint["current_model_state"]}
 
     def _check_fits(self, state: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> None:
-        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        own = {name: _shape(name, value) for name, value in self.state_dict().items()}
+        shapes = {name: _shape(name, value) for name, value in state.items()}
         wrong = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
         if wrong:
             name = wrong[0]
@@ -254,3 +255,8 @@ class Weighted(L.LightningModule, Part):
                 f"{len(broken)} weights of the checkpoint are not finite, first {broken[0]}: training had diverged "
                 "before it was written; take an earlier checkpoint"
             )
+
+
+def _shape(name: str, value: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor; () for what a module keeps in a form of its own, such as a vocabulary, of any size."""
+    return () if name.endswith(_EXTRA_STATE_KEY_SUFFIX) else tuple(value.shape)

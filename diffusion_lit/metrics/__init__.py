@@ -11,6 +11,7 @@ from diffusion_lit.metrics.features import (
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, frechet_distance, one_process
 from diffusion_lit.metrics.paired import PSNR, SSIM, FeatureDistance, PairedScore, PerceptualDistance
 from diffusion_lit.metrics.perceptual import LPIPS, Perceptual
+from diffusion_lit.metrics.prompts import Ink, InkAgreement, PromptAgreement
 from diffusion_lit.metrics.reference import (
     Reference,
     WrongImageCount,
@@ -43,11 +44,14 @@ __all__ = [
     "FrechetDistance",
     "Inception",
     "InceptionScore",
+    "Ink",
+    "InkAgreement",
     "PairedScore",
     "Perceptual",
     "PerceptualDistance",
     "Pixels",
     "PrecisionRecall",
+    "PromptAgreement",
     "ReduceSum",
     "Reference",
     "Score",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.networks.layers import run_block
 from diffusion_lit.networks.transformer import FeedForward, TokenAttention
+from diffusion_lit.types import Part
 
 
 class TextAttention(TokenAttention):
@@ -17,7 +18,7 @@ class TextAttention(TokenAttention):
         self.to_out = nn.Linear(heads * head_channels, width)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(nn.Module, Part):
     """A transformer over tokens, whose output is the context of an `ADMUNet`.
 
     Every token attends to every other, padding included: there is no mask, and published models, which were trained so,

@@ -1,0 +1,91 @@
+"""The text tower of CLIP, frozen, as the context of a network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.conditioners.text import Prompts
+from diffusion_lit.conditioners.tokenizer import Word
+from diffusion_lit.frozen import Frozen
+
+
+class CLIPText(Prompts):
+    """A text tower of CLIP, which is used and not trained.
+
+    The context is the last hidden state after the final normalization, of all tokens, padding included: no mask but the
+    causal one. Models that were trained without a mask must be sampled without one. The tower is in no checkpoint, so
+    the folder is needed to sample too. Needs the `transformers` package: `pip install diffusion-lit[text]`.
+
+    Args:
+        folder: Holds a `CLIPTextModel` and its tokenizer, as `save_pretrained` writes them or a pipeline's folders
+            `text_encoder` and `tokenizer` have them. Nothing is downloaded.
+        dropout: Probability, in [0, 1), that a text is replaced by the empty one in training.
+
+    Raises:
+        ValueError: If the probability is out of range, the package is missing, or the folder holds no such model.
+
+    Source: Radford et al. 2021 (CLIP); as a condition: Rombach et al. 2022, the model Stable Diffusion.
+    """
+
+    def __init__(self, folder: str, dropout: float = 0.1) -> None:
+        super().__init__(dropout)
+        path = Path(folder).expanduser()
+        tower, self._tokenizer = _load(path)
+        self.tower = Frozen(tower)
+        self.length = int(tower.config.max_position_embeddings)
+
+    @property
+    def width(self) -> int:
+        return int(cast(Any, self.tower.network).config.hidden_size)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        whole = self._tokenizer(list(texts))["input_ids"]
+        self.warn(texts, [max(len(ids) - self.length, 0) for ids in whole], self.length)
+        device = next(self.tower.network.parameters()).device
+        with torch.no_grad():
+            return cast(Tensor, self.tower(self.tokens_of(texts).to(device)).last_hidden_state)
+
+    def tokens_of(self, texts: Sequence[str]) -> Tensor:
+        padded = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return cast(Tensor, padded["input_ids"])
+
+    def words(self, text: str) -> list[Word]:
+        encoded = self._tokenizer(text, truncation=True, max_length=self.length, return_offsets_mapping=True)
+        places: dict[int, list[int]] = {}
+        for position, number in enumerate(encoded.word_ids()):
+            if number is not None:
+                places.setdefault(number, []).append(position)
+        offsets = encoded["offset_mapping"]
+        return [Word(text[offsets[found[0]][0] : offsets[found[-1]][1]], found) for found in places.values()]
+
+    @property
+    def unknown(self) -> int | None:
+        return None
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    """The tower and its tokenizer."""
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError as error:
+        raise ValueError(
+            f"conditioner: CLIPText needs the transformers package ({error}); pip install 'diffusion-lit[text]'"
+        ) from error
+    tower, words = (path / name if (path / name).is_dir() else path for name in ("text_encoder", "tokenizer"))
+    for folder, file in ((tower, "config.json"), (words, "tokenizer_config.json")):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"conditioner.folder={path} holds no CLIP text model: {folder / file} is missing; give a folder that "
+                "CLIPTextModel and CLIPTokenizer were saved in"
+            )
+    try:
+        model = CLIPTextModel.from_pretrained(tower, local_files_only=True)
+        return model, CLIPTokenizer.from_pretrained(words, local_files_only=True)
+    except Exception as error:  # The package raises plain exceptions.
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"conditioner.folder={path} holds no CLIP text model that can be read: {reason}") from error
