@@ -34,7 +34,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-slow lint format clean
+.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks demo-text train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -112,6 +112,24 @@ demo-latent: $(READY) ## latent diffusion on 32x32 images of DATA=folder, minute
 	$(call LATENT_TEST,latent_demo)
 	@echo "originals beside reconstructions: runs/latent_demo_autoencoder/samples.png; samples: runs/latent_demo/samples.png"
 	@echo "scores: results.jsonl in both folders. Both pictures are blurred: minutes of training without a discriminator."
+
+TEXT := runs/text_digits
+TEXT_TEST = OMP_NUM_THREADS=1 $(RUN) test -c configs/prompts/digits.yaml --ckpt_path $(TEXT)/checkpoints/last.ckpt $(CPU) \
+	--trainer.limit_test_batches 1
+# Wordings that training did not see: a row of the picture each.
+WORDINGS := "a photo of a %s\n" "this is the digit %s\n" "a handwritten figure %s\n" "this shows a handwritten %s\n" \
+	"a bold figure %s\n" "a thin figure %s\n" "an image of a bold %s\n" "an image of a thin %s\n" \
+	"this shows a bold %s\n" "this shows a thin %s\n"
+
+demo-text: $(READY) ## text to image on the digits: train, score by guidance scale, draw; five minutes on a CPU
+	@rm -rf $(TEXT) runs/digits_features
+	OMP_NUM_THREADS=1 $(RUN) fit -c configs/features/digits.yaml $(CPU)
+	OMP_NUM_THREADS=1 $(RUN) fit -c configs/text_digits.yaml $(CPU) $(ARGS)
+	$(TEXT_TEST)
+	$(TEXT_TEST) --data.source.unseen false --trainer.default_root_dir $(TEXT)/seen
+	@for wording in $(WORDINGS); do \
+		printf "$$wording" zero one two three four five six seven eight nine; done > $(TEXT)/prompts.txt
+	OMP_NUM_THREADS=1 $(RUN) predict --ckpt_path $(TEXT)/checkpoints/last.ckpt $(CPU) --prompts_file $(TEXT)/prompts.txt
 
 train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto (0: CPU); further options in ARGS="--key value"
 	$(RUN) fit -c $(CONFIG) $(DEVICES) $(ARGS)
