@@ -121,7 +121,8 @@ class DiffusionModule(Generator):
 
     @property
     def entries(self) -> tuple[str, ...]:
-        return self.conditioner.entries
+        guided = () if self.guidance is None else self.guidance.entries
+        return tuple(dict.fromkeys((*self.conditioner.entries, *guided)))
 
     def shape_of(self, entry: str) -> tuple[int, int, int]:
         return self.conditioner.shape_of(entry, self.image_shape, self.latent_shape)
@@ -159,7 +160,7 @@ class DiffusionModule(Generator):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         given = cast(dict[str, Tensor], batch)
-        missing = [name for name in self.entries if name not in given]
+        missing = [name for name in self.conditioner.entries if name not in given]
         if missing:
             raise ValueError(
                 f"{type(self.conditioner).__name__} needs {' and '.join(missing)}, which the data lack; choose a "
@@ -268,10 +269,10 @@ class DiffusionModule(Generator):
         given: Condition = {name: value.to(self.device) for name, value in condition.items()}
         if noise is not None:
             given = self.conditioner.vary(given, noise.draw)
-        given = self.conditioner(given, self.codec)
+        inputs = self.conditioner(given, self.codec)
         if self.guidance is None:
-            return self.denoiser.bind(given)
-        return self.guidance(self.denoiser, given, self.conditioner)
+            return self.denoiser.bind(inputs)
+        return self.guidance(self.denoiser, inputs, self.conditioner, given)
 
     def generate(
         self, noise: ImageNoise, condition: Condition, sampler: Sampler | None, on_step: StepFn | None = None

@@ -2,8 +2,9 @@
 
 from diffusion_lit.diffusion.cosine import CosineProcess
 from diffusion_lit.diffusion.denoiser import Denoiser
+from diffusion_lit.diffusion.gradient import ClassifierGuidance, GradientGuidance, LogLikelihood, NoisyClassification
 from diffusion_lit.diffusion.grid import Grid, Karras, LogSNR, Quadratic, Spanning, Trailing, Uniform
-from diffusion_lit.diffusion.guidance import ClassifierFree, ClassifierGuidance, Guidance
+from diffusion_lit.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_lit.diffusion.hybrid import Hybrid, VariationalBound
 from diffusion_lit.diffusion.noise import Gaussian, ImageNoise, NoiseSource
 from diffusion_lit.diffusion.objective import DenoisingLoss, Objective, Seen
@@ -44,6 +45,7 @@ __all__ = [
     "FixedSmall",
     "FixedVariance",
     "Gaussian",
+    "GradientGuidance",
     "Grid",
     "Guidance",
     "Heun",
@@ -53,11 +55,13 @@ __all__ = [
     "Karras",
     "LearnedRange",
     "Linear",
+    "LogLikelihood",
     "LogNormal",
     "LogSNR",
     "LossSecondMoment",
     "MinSNR",
     "NoiseSource",
+    "NoisyClassification",
     "NormalizedSimplex",
     "Objective",
     "Parameterization",

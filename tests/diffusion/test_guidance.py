@@ -277,11 +277,11 @@ def test_the_gradient_is_float32_and_there_while_gradients_are_off(mode: Callabl
     classifier = Convolutional()
     guidance = ClassifierGuidance(classifier, PROCESS)
     x, t = images().float(), torch.tensor(0.5, dtype=torch.float64)
-    plain = guidance.gradient(x, t, LABEL)
+    plain = guidance.gradient(x, t, {"label": LABEL})
     with mode(), torch.autocast("cpu", torch.bfloat16):
         x = x + 0
-        found = guidance.gradient(x, t + 0, LABEL + 0)
-        assert guidance.gradient(x.bfloat16(), t, LABEL).dtype == torch.bfloat16
+        found = guidance.gradient(x, t + 0, {"label": LABEL + 0})
+        assert guidance.gradient(x.bfloat16(), t, {"label": LABEL}).dtype == torch.bfloat16
     assert classifier.dtypes == {torch.float32}
     assert torch.equal(plain, found)
     assert not found.requires_grad

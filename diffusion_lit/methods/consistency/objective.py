@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diffusion_lit.checkpoint import load_model
 from diffusion_lit.diffusion import Denoiser, LogNormal, Objective, Process, Seen
-from diffusion_lit.diffusion.guidance import num_classes_of, same_process
+from diffusion_lit.diffusion.gradient import same_process
+from diffusion_lit.diffusion.guidance import num_classes_of
 from diffusion_lit.diffusion.objective import GatherFn
 from diffusion_lit.diffusion.samplers.heun import heun_step
 from diffusion_lit.frozen import Frozen
