@@ -8,9 +8,10 @@ import lightning.pytorch as L
 from torch import Tensor
 
 from diffusion_lit.diffusion import ImageNoise, Sampler
-from diffusion_lit.generator import Generator
+from diffusion_lit.generator import Generated, Generator
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.records import describe
+from diffusion_lit.requests import Request
 from diffusion_lit.types import Batch, Condition, Part, StepFn
 
 
@@ -48,6 +49,10 @@ class Edit(Part):
         Returns:
             Images, (B, C, H, W), nominally in [-1, 1].
         """
+
+    def shown(self, model: DiffusionModule, condition: Condition) -> Condition:
+        """What the images show, given what was asked for, such as other texts; kept beside the images."""
+        return condition
 
     def evaluations(self, model: DiffusionModule, sampler: Sampler) -> int:
         """Network evaluations per image."""
@@ -115,6 +120,10 @@ class Edited(Generator):
 
     def noise(self, indices: Any, seed: int) -> ImageNoise:
         return self.model.noise(indices, seed)
+
+    def predict_step(self, batch: Request, batch_idx: int) -> Generated:
+        made = super().predict_step(batch, batch_idx)
+        return {**made, "condition": self.edit.shown(self.model, made["condition"])}
 
     def generate(
         self, noise: ImageNoise, condition: Condition, sampler: Sampler | None, on_step: StepFn | None = None

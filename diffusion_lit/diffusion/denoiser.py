@@ -1,6 +1,7 @@
 """Denoiser: a network with its parameterization, which predicts x_0 and eps from x_t."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -54,6 +55,15 @@ class Denoiser(nn.Module):
         output, extra = answer[:, :channels], answer[:, channels:] if answer.shape[1] > channels else None
         x0_x, x0_f, eps_x, eps_f = (expand(c, x_t) for c in parameterization.coefficients(process, t))
         return Prediction(x0=x0_x * x_t + x0_f * output, eps=eps_x * x_t + eps_f * output, extra=extra)
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Calls the network itself while the context is active, so that changes of its layers have an effect."""
+        run, self.run = self.run, None
+        try:
+            yield
+        finally:
+            self.run = run
 
     def bind(self, condition: Condition) -> DenoiseFn:
         """Returns (x_t, t) -> Prediction, with a fixed condition."""

@@ -15,6 +15,9 @@ from diffusion_lit.types import DenoiseFn, Part, Prediction, StepFn
 NoiseFn = Callable[[], Tensor]
 """Draws fresh standard normal noise in the shape of x."""
 
+AmendFn = Callable[[Tensor, Tensor], Tensor]
+"""(x_s, s) -> x_s: changes the sample after a step, such as to put in what is known of it."""
+
 Step = Callable[[DenoiseFn, Tensor, Process, Tensor, Tensor, NoiseFn], tuple[Tensor, Tensor]]
 """One step of a sampler: see `Sampler.step`."""
 
@@ -142,7 +145,13 @@ class Sampler(Part):
         return len(self.times(process)) - 1
 
     def path(
-        self, denoise: DenoiseFn, x: Tensor, process: Process, noise: NoiseFn, start: float | None = None
+        self,
+        denoise: DenoiseFn,
+        x: Tensor,
+        process: Process,
+        noise: NoiseFn,
+        start: float | None = None,
+        amend: AmendFn | None = None,
     ) -> Iterator[State]:
         """Yields every state from the start to the finished sample, one more than there are steps.
 
@@ -153,6 +162,7 @@ class Sampler(Part):
             process: The forward process.
             noise: Draws fresh noise for stochastic steps.
             start: Time of x, in (0, 1] (SDEdit); None: the first time of the grid.
+            amend: Called after every step; the trajectory goes on from what it returns.
         """
         if self.clip:
             denoise = clip_x0(denoise, process)
@@ -163,7 +173,7 @@ class Sampler(Part):
         for t, s in pairwise(times):
             x_s, x0 = step(denoise, x, process, t, s, noise)
             yield State(t, x, x0)
-            x = x_s
+            x = x_s if amend is None else amend(x_s, s)
         yield State(times[-1], x, x)
 
     def __call__(
@@ -174,6 +184,7 @@ class Sampler(Part):
         noise: NoiseFn,
         on_step: StepFn | None = None,
         start: float | None = None,
+        amend: AmendFn | None = None,
     ) -> Tensor:
         """Samples x_0.
 
@@ -184,6 +195,7 @@ class Sampler(Part):
             noise: Draws fresh noise for stochastic steps.
             on_step: Called after every step.
             start: Time of x, in (0, 1] (SDEdit); None: the first time of the grid.
+            amend: See `path`.
 
         Returns:
             Samples, (B, ...), nominally in [-1, 1].
@@ -191,7 +203,7 @@ class Sampler(Part):
         Source: Meng et al. 2022 (SDEdit), algorithm 1, for `start`.
         """
         total = len(self.times(process, start)) - 1
-        for done, state in enumerate(self.path(denoise, x, process, noise, start), start=1):
+        for done, state in enumerate(self.path(denoise, x, process, noise, start, amend), start=1):
             x = state.x_t
             if on_step is not None and done <= total:
                 on_step(done, total)
