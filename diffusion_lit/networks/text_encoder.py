@@ -29,7 +29,7 @@ class TextEncoder(nn.Module, Part):
         vocabulary: Number of different tokens.
         length: Greatest number of tokens in a text.
         width: Channels of the tokens, `context_width` of the U-Net.
-        depth: Number of blocks.
+        depth: Number of blocks; with 0 each token of the context depends on its word alone.
         num_heads: Attention heads.
         head_channels: Channels per head; `num_heads * head_channels` may differ from `width`.
         output_head: Whether there is the layer from tokens to the vocabulary that published weights hold and nothing
@@ -37,7 +37,7 @@ class TextEncoder(nn.Module, Part):
         checkpoint_blocks: Whether to recompute the blocks in the backward pass instead of keeping their activations.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or the depth below 0.
 
     Source: Rombach et al. 2022, appendix E.2.1 and table 17, and its code. With `vocabulary=30522` the defaults are the
     encoder of its text-to-image model, 543 M parameters, 582 M with the unused head.
@@ -57,8 +57,9 @@ class TextEncoder(nn.Module, Part):
         super().__init__()
         sizes = {"vocabulary": vocabulary, "length": length, "width": width, "depth": depth}
         for name, size in {**sizes, "num_heads": num_heads, "head_channels": head_channels}.items():
-            if size < 1:
-                raise ValueError(f"TextEncoder: {name}={size} must be at least 1")
+            least = 0 if name == "depth" else 1
+            if size < least:
+                raise ValueError(f"TextEncoder: {name}={size} must be at least {least}")
         self.length = length
         self.width = width
         self.checkpoint_blocks = checkpoint_blocks

@@ -137,14 +137,6 @@ def test_a_factor_changes_the_column_of_its_word_only_and_rows_are_not_normalize
     torch.testing.assert_close(found.sum(-1), 1 + 4 * source[..., 2])
 
 
-def test_a_change_that_changes_nothing_is_known() -> None:
-    same = [replacement(spread(1, 1), spread(1, 1), 4)] * 2
-    windows = torch.zeros(2, 4, 2, dtype=torch.int64)
-    assert Change.of(same, torch.ones(2, 4), windows).void
-    assert not Change.of(same, torch.tensor([[1.0] * 4, [1, 1, 2, 1]]), windows).void
-    assert not change(factors=torch.ones(2, 5))[0].void
-
-
 @pytest.mark.parametrize("rest", [0, 4])
 def test_only_targets_change_and_only_while_they_may(rest: int) -> None:
     made, _ = change()

@@ -159,9 +159,18 @@ def test_tokens_that_do_not_fit_are_refused(tokens: Tensor, words: list[str]) ->
 
 
 @pytest.mark.parametrize("name", ["vocabulary", "length", "width", "depth", "num_heads", "head_channels"])
-def test_sizes_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"TextEncoder: {name}=0 must be at least 1"):
-        small(**{name: 0})
+def test_sizes_that_are_too_small_are_refused(name: str) -> None:
+    least = 0 if name == "depth" else 1
+    with pytest.raises(ValueError, match=rf"TextEncoder: {name}={least - 1} must be at least {least}"):
+        small(**{name: least - 1})
+
+
+def test_without_blocks_each_token_of_the_context_depends_on_its_own_word() -> None:
+    network = small(depth=0)
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 5, 3, 4]])
+    one, other = network(tokens)
+    assert torch.equal(one[[0, 2, 3]], other[[0, 2, 3]])
+    assert not torch.allclose(one[1], other[1])
 
 
 def test_fewer_tokens_than_the_longest_text_have_the_first_places() -> None:

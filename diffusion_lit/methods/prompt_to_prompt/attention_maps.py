@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion_lit.diffusion import ImageNoise, Sampler
 from diffusion_lit.edit import Edit
 from diffusion_lit.methods.prompt_to_prompt.control import Maps, cross_layers
-from diffusion_lit.methods.prompt_to_prompt.words import marked, prompts_of, require_word, worded
+from diffusion_lit.methods.prompt_to_prompt.words import marked, prompts_of, require_word, texts_of
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import attention_control
 from diffusion_lit.types import Condition, StepFn
@@ -43,7 +43,7 @@ class AttentionMaps(Edit):
 
     def check(self, model: DiffusionModule) -> None:
         """Raises ValueError if the model takes no texts or does not attend to them."""
-        worded(model, "AttentionMaps")
+        texts_of(model, "AttentionMaps")
 
     def generate(
         self,
@@ -76,7 +76,7 @@ class AttentionMaps(Edit):
 
     def _marks(self, model: DiffusionModule, prompts: Sequence[str]) -> Tensor:
         """The tokens of every word in every text, bool (B, words, K)."""
-        texts = worded(model, "AttentionMaps")
+        texts = texts_of(model, "AttentionMaps")
         length = texts.tokens_of(prompts[:1]).shape[1]
         marks = []
         for prompt in prompts:

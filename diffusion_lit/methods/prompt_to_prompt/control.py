@@ -115,12 +115,6 @@ class Change:
         """The same on another device."""
         return Change(*(getattr(self, name).to(device) for name in vars(self)))
 
-    @property
-    def void(self) -> bool:
-        """Whether images stay what they are."""
-        same = torch.equal(self.matrix, torch.eye(self.matrix.shape[1]).expand_as(self.matrix))
-        return same and bool((self.factors == 1).all())
-
     def __call__(self, source: Tensor, target: Tensor, step: int) -> Tensor:
         """The new map of the targets, from the maps of sources and targets, (B, heads, positions, K) each.
 

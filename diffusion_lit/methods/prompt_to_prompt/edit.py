@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from diffusion_lit.conditioners import Prompts
 from diffusion_lit.diffusion import ImageNoise, Sampler
 from diffusion_lit.diffusion.samplers.base import AmendFn
 from diffusion_lit.edit import Edit
-from diffusion_lit.methods.prompt_to_prompt.alignment import Words, refinement, replacement
+from diffusion_lit.methods.prompt_to_prompt.alignment import Alignment, Words, refinement, replacement
 from diffusion_lit.methods.prompt_to_prompt.control import (
     Change,
     Clock,
@@ -19,13 +20,13 @@ from diffusion_lit.methods.prompt_to_prompt.control import (
     steps_of,
 )
 from diffusion_lit.methods.prompt_to_prompt.words import (
-    Worded,
     marked,
     pairs_of,
     prompts_of,
     replace_words,
+    require_known,
     require_word,
-    worded,
+    texts_of,
 )
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import attention_control
@@ -104,10 +105,10 @@ class PromptToPrompt(Edit):
 
     def check(self, model: DiffusionModule) -> None:
         """Raises ValueError if the model takes no texts or does not attend to them."""
-        worded(model, "PromptToPrompt")
+        texts_of(model, "PromptToPrompt")
 
     def shown(self, model: DiffusionModule, condition: Condition) -> Condition:
-        texts = worded(model, "PromptToPrompt")
+        texts = texts_of(model, "PromptToPrompt")
         new = [self.target(prompt, texts.words(prompt)) for prompt in prompts_of(condition)]
         return {**condition, "caption": encode_text(new)}
 
@@ -125,11 +126,12 @@ class PromptToPrompt(Edit):
         sampler: Sampler,
         on_step: StepFn | None = None,
     ) -> Tensor:
-        change = self.change(model, condition, sampler)
-        if change.void:
+        self.change(model, condition, sampler)
+        shown = self.shown(model, condition)
+        if prompts_of(shown) == prompts_of(condition) and all(factor == 1 for factor in self._factors.values()):
             return model.generate(noise, condition, sampler, on_step)
         pair = self.pair(model, noise, condition, sampler, on_step)
-        return model.finished(pair[len(pair) // 2 :], self.shown(model, condition))
+        return model.finished(pair[len(pair) // 2 :], shown)
 
     def pair(
         self,
@@ -163,32 +165,31 @@ class PromptToPrompt(Edit):
         Raises:
             ValueError: If a text lacks a word of the edit, or the model does not know one.
         """
-        texts = worded(model, "PromptToPrompt")
-        steps = len(sampler.times(model.process))
-        prompts = prompts_of(condition)
-        new = [self.target(prompt, texts.words(prompt)) for prompt in prompts]
-        alignments, factors, windows = [], [], []
-        for old_tokens, tokens, old, text in zip(
-            texts.tokens_of(prompts), texts.tokens_of(new), prompts, new, strict=True
-        ):
-            words = texts.words(text)
-            if self.refine is None:
-                alignments.append(replacement(texts.words(old), words, len(tokens)))
-            else:
-                alignments.append(refinement(old_tokens.tolist(), tokens.tolist()))
-            factor = torch.ones(len(tokens))
-            for word, value in self._factors.items():
-                factor[require_word("reweight", word, text, words)] = value
-            window = torch.tensor([steps_of(self.cross, steps)]).repeat(len(tokens), 1)
-            for word, edges in self.cross_words.items():
-                window[require_word("cross_words", word, text, words)] = torch.tensor(steps_of(edges, steps))
-            factors.append(factor)
-            windows.append(window)
-        return Change.of(alignments, torch.stack(factors), torch.stack(windows))
+        texts = texts_of(model, "PromptToPrompt")
+        pairs = list(zip(prompts_of(condition), prompts_of(self.shown(model, condition)), strict=True))
+        alignments = [self._alignment(texts, old, new) for old, new in pairs]
+        length = len(alignments[0].taken)
+        factors = torch.ones(len(pairs), length)
+        total = len(sampler.times(model.process))
+        windows = torch.tensor(steps_of(self.cross, total)).repeat(len(pairs), length, 1)
+        for row, (_, new) in enumerate(pairs):
+            words = texts.words(new)
+            for word, factor in self._factors.items():
+                factors[row, require_word("reweight", word, new, words)] = factor
+            for word, window in self.cross_words.items():
+                windows[row, require_word("cross_words", word, new, words)] = torch.tensor(steps_of(window, total))
+        return Change.of(alignments, factors, windows)
+
+    def _alignment(self, texts: Prompts, old: str, new: str) -> Alignment:
+        require_known("replace" if self.refine is None else "refine", new, texts)
+        if self.refine is None:
+            return replacement(texts.words(old), texts.words(new), texts.tokens_of([new]).shape[1])
+        source, target = texts.tokens_of([old, new]).tolist()
+        return refinement(source, target)
 
     def _blending(self, model: DiffusionModule, both: Condition, maps: Maps) -> AmendFn:
         """Takes the new image from the old one wherever neither shows the words to blend."""
-        marks = self._marks(worded(model, "PromptToPrompt"), prompts_of(both)).to(model.device)
+        marks = self._marks(texts_of(model, "PromptToPrompt"), prompts_of(both)).to(model.device)
 
         def amend(x: Tensor, s: Tensor) -> Tensor:
             source, target = x.chunk(2)
@@ -197,7 +198,7 @@ class PromptToPrompt(Edit):
 
         return amend
 
-    def _marks(self, texts: Worded, prompts: Sequence[str]) -> Tensor:
+    def _marks(self, texts: Prompts, prompts: Sequence[str]) -> Tensor:
         """The tokens of the words to blend in every text, bool (2 B, K)."""
         words = [texts.words(prompt) for prompt in prompts]
         for old, new, prompt in zip(words, words[len(words) // 2 :], prompts, strict=False):

@@ -1,11 +1,11 @@
 """Texts, their words and the tokens of these, as a model of texts has them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from diffusion_lit.conditioners import Prompts
 from diffusion_lit.methods.prompt_to_prompt.alignment import Words
 from diffusion_lit.methods.prompt_to_prompt.control import cross_layers
 from diffusion_lit.module import DiffusionModule
@@ -13,26 +13,16 @@ from diffusion_lit.text import decode_text
 from diffusion_lit.types import Condition
 
 
-@runtime_checkable
-class Worded(Protocol):
-    """A conditioner of texts that tells where the words of a text are in the context."""
-
-    def tokens_of(self, prompts: Sequence[str]) -> Tensor:
-        """The tokens of texts as the text encoder gets them, int64 (B, K)."""
-
-    def words(self, prompt: str) -> Words:
-        """The words of a text in order, each with the places of its tokens."""
-
-
-def worded(model: DiffusionModule, method: str) -> Worded:
-    """The conditioner of a model whose attention to words can be seen.
+def texts_of(model: DiffusionModule, method: str) -> Prompts:
+    """The texts of a model whose attention to words can be seen.
 
     Raises:
         ValueError: If the model takes no texts, or does not attend to them.
     """
-    if not isinstance(model.conditioner, Worded):
+    if not isinstance(model.conditioner, Prompts):
         raise ValueError(
-            f"edit: {method} needs a model of texts; the conditioner {type(model.conditioner).__name__} knows no words"
+            f"edit: {method} needs a model of texts, with a conditioner such as Text; this one has "
+            f"{type(model.conditioner).__name__}"
         )
     network = model.denoiser.network
     if not cross_layers(network):
@@ -41,6 +31,16 @@ def worded(model: DiffusionModule, method: str) -> Worded:
             "one with context_width, such as ADMUNet"
         )
     return model.conditioner
+
+
+def require_known(option: str, text: str, texts: Prompts) -> None:
+    """Raises ValueError if the vocabulary lacks a word of a new text."""
+    [tokens] = texts.tokens_of([text]).tolist()
+    for word, places in texts.words(text):
+        if any(tokens[place] == texts.unknown for place in places):
+            raise ValueError(
+                f"edit.{option}: the model's vocabulary has no tokens for {word!r}; use words of its captions"
+            )
 
 
 def prompts_of(condition: Condition) -> list[str]:
