@@ -34,7 +34,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks demo-text train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-slow lint format clean
+.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks demo-text demo-steering train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -130,6 +130,19 @@ demo-text: $(READY) ## text to image on the digits: train, score by guidance sca
 	@for wording in $(WORDINGS); do \
 		printf "$$wording" zero one two three four five six seven eight nine; done > $(TEXT)/prompts.txt
 	OMP_NUM_THREADS=1 $(RUN) predict --ckpt_path $(TEXT)/checkpoints/last.ckpt $(CPU) --prompts_file $(TEXT)/prompts.txt
+
+STEERING := runs/steering
+STEERING_FIT = OMP_NUM_THREADS=1 $(RUN) fit -c $(1) $(CPU) --trainer.default_root_dir $(STEERING)/$(2) $(ARGS)
+LAST := checkpoints/last.ckpt
+
+demo-steering: $(READY) ## edits of attention and CLIP guidance on digits with captions, tables and pictures; up to half an hour on a CPU
+	@rm -rf $(STEERING)
+	$(call STEERING_FIT,steering_digits,model)
+	$(call STEERING_FIT,features/digits,judge)
+	$(call STEERING_FIT,guidance/clip_digits,clip)
+	$(call STEERING_FIT,guidance/clip_digits --model.noisy false,clean_clip)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.steering --model $(STEERING)/model/$(LAST) --judge $(STEERING)/judge/$(LAST) \
+		--clip $(STEERING)/clip/$(LAST) --clean_clip $(STEERING)/clean_clip/$(LAST) --out $(STEERING)/pictures
 
 train: $(READY) ## train CONFIG=configs/cifar10.yaml on GPUS=auto (0: CPU); further options in ARGS="--key value"
 	$(RUN) fit -c $(CONFIG) $(DEVICES) $(ARGS)

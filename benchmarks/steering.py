@@ -107,9 +107,7 @@ def replacement(digits: Digits, old: str, new: str, count: int, out: Path) -> No
     def rows() -> Iterator[Sequence[str]]:
         named = {
             "no edit: the new text's own image": None,
-            "cross 0 to 0.2, self 0 to 0": PromptToPrompt(f"{old}:{new}", cross=(0, 0.2), self_attention=(0, 0)),
-            "cross 0 to 0.8, self 0 to 0": PromptToPrompt(f"{old}:{new}", self_attention=(0, 0)),
-            "cross 0 to 0.8, self 0 to 0.2": PromptToPrompt(f"{old}:{new}", self_attention=(0, 0.2)),
+            "cross 0 to 0.8, self never": PromptToPrompt(f"{old}:{new}", self_attention=(0, 0)),
             "cross 0 to 0.8, self 0 to 0.4 (default)": PromptToPrompt(f"{old}:{new}"),
             "the same, blended": PromptToPrompt(f"{old}:{new}", blend=f"{old},{new}"),
         }
@@ -179,13 +177,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "judge", "clip", "clean_clip"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--count", type=int, default=300, help="images of the table of guidances")
+    parser.add_argument("--count", type=int, default=200, help="images of the table of guidances")
     parser.add_argument("--out", type=Path, default=Path("runs/steering"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     digits = Digits(options.model, options.judge)
     for word in ("bold", "thin"):
-        reweighting(digits, word, 4, options.out)
+        reweighting(digits, word, 3, options.out)
     replacement(digits, "three", "eight", 40, options.out)
     maps(digits, options.out)
     guidances(digits, options.clip, options.clean_clip, options.count)

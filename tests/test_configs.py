@@ -22,7 +22,7 @@ CONFIGS = recipes()
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
 CLASSIFIERS = sorted(
     f"{path.parent.stem}/{path.stem}"
-    for name in ("guidance/*_classifier", "features/*")
+    for name in ("guidance/*_classifier", "guidance/clip_*", "features/*")
     for path in CONFIGS.glob(f"{name}.yaml")
 )
 # What each of the other recipes in configs/guidance/ guides.
@@ -217,6 +217,28 @@ def test_a_sampling_recipe_guides_its_model_by_the_classifier_of_its_training_re
     if recipe.startswith("imagenet"):
         assert type(made.model.sampler) is Ancestral
         assert len(made.model.sampler.times(made.model.process)) == 251
+
+
+def test_a_sampling_recipe_guides_the_model_of_texts_by_the_towers_of_their_training_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = read_file(CONFIGS / "guidance" / "text_digits.yaml")["model"]["guidance"]
+    command = cli.parse(["fit", "-c", "guidance/clip_digits"], ["fit"])
+    training = cli.merged(command, cli.command_slots("fit"))
+    assert wanted["checkpoint"] == f"{training['trainer']['default_root_dir']}/checkpoints/last.ckpt"
+    towers = instantiate("guidance/clip_digits", monkeypatch).model
+    place = Path.cwd() / wanted["checkpoint"]
+    place.parent.mkdir(parents=True)
+    config = {"model": training["model"]}
+    vocabulary = {name: value for name, value in towers.state_dict().items() if name.endswith("_extra_state")}
+    state = {name: torch.zeros_like(value) for name, value in towers.state_dict().items()}
+    torch.save({"state_dict": {**state, **vocabulary}, "config": config, "format": FORMAT}, place)
+    args = ["predict", "-c", "text_digits", "-c", "guidance/text_digits"]
+    made = cli.CLI.parts([*args, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
+    guidance = made.model.guidance
+    assert type(guidance).__name__ == "CLIPGuidance"
+    assert not guidance.likelihood.clean
+    guidance.check(made.model.denoiser, made.model.conditioner)
 
 
 @pytest.mark.parametrize(
