@@ -31,13 +31,13 @@ from diffusion_lit.metrics import FeatureExtractor
 from diffusion_lit.metrics.scores import Evidence, Score
 from diffusion_lit.system import System
 from diffusion_lit.text import decode_text
-from diffusion_lit.types import Batch, Condition, TimeDependentClassifier
+from diffusion_lit.types import Batch, Condition, Part, TimeDependentClassifier
 
 MOST = 100.0
 """Greatest factor of the products of unit vectors."""
 
 
-class ImageText(nn.Module):
+class ImageText(nn.Module, Part):
     """Maps images and texts to unit vectors, whose products say how well they agree.
 
     Args:
