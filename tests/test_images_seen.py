@@ -30,7 +30,7 @@ def test_an_average_by_half_life_forgets_half_in_so_many_images(tmp_path: Path, 
     ends = []
     for run, ckpt_path in ((tmp_path, "last"), (tmp_path / "whole", None)):
         model, ema = tiny.module(), EMA([], half_lives=[60], ramp_up=ramp_up)
-        tiny.trainer(run, 7, [ema]).fit(model, tiny.data(), ckpt_path=ckpt_path)
+        tiny.trainer(run, 7, [ema, Checkpoints()]).fit(model, tiny.data(), ckpt_path=ckpt_path)
         assert model.averages is not None
         ends.append(model.averages.average())
     assert tiny.identical(*ends)

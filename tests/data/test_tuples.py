@@ -100,7 +100,7 @@ def test_a_model_with_classes_trains_on_tuples_validates_and_is_loaded(tmp_path:
             enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0, max_epochs=2,
         )  # fmt: skip
     else:
-        trainer = tiny.trainer(tmp_path, 4, callbacks=[], limit_val_batches=1.0, check_val_every_n_epoch=1)
+        trainer = tiny.trainer(tmp_path, 4, callbacks=[], limit_val_batches=1.0, val_check_interval=2)
     trainer.fit(system, data)
     assert trainer.global_step == 4
     assert torch.isfinite(trainer.callback_metrics["val/loss"])

@@ -189,7 +189,7 @@ def test_the_schedule_leaves_no_trace_in_a_checkpoint() -> None:
 
 
 def test_a_chain_without_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"num_steps=0 must be at least 1; DDPM uses 1000"):
+    with pytest.raises(ValueError, match=r"process\.num_steps=0 must lie in 1 \.\. 1000000; DDPM uses 1000"):
         DiscreteProcess(0)
 
 

@@ -129,9 +129,7 @@ def test_the_same_evaluation_twice_gives_the_same_bits_and_another_seed_others(t
 
 def test_the_scores_of_training_are_those_of_the_averaged_weights(tmp_path: Path) -> None:
     callback = evaluation(every_n_steps=2, training_num_images=22)
-    tiny.trainer(tmp_path, 2, [EMA([0.9]), callback, Checkpoints()], limit_train_batches=2).fit(
-        tiny.module(), tiny.data()
-    )
+    tiny.trainer(tmp_path, 2, [EMA([0.9]), callback, Checkpoints()]).fit(tiny.module(), tiny.data())
     [during] = read_records(tmp_path / RESULTS)
     after = run_test(tmp_path, evaluation(), ckpt_path=str(last(tmp_path)))
     assert (during["weights_name"], during["step"]) == (after["weights_name"], after["step"]) == ("0.9", 2)
