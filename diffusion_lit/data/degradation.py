@@ -94,13 +94,12 @@ class BSRLight(Degradation):
         return resized(x, size, "bicubic", antialias=True)
 
     def _reduced(self, x: Tensor, factor: int, generator: np.random.Generator) -> Tensor:
-        """To a random size, mostly; else by a blur whose kernel is shifted as the pixels that are kept."""
+        """To a random size, mostly; else by a blur of which every so manyth pixel is kept."""
         if generator.random() < 0.8:
             scale = generator.uniform(1, 2 * factor)
             size = max(1, int(x.shape[1] / scale)), max(1, int(x.shape[2] / scale))
             return resized(x, size, self._interpolation(generator))
-        kernel = gaussian_kernel(25, np.eye(2) * generator.uniform(0.1, 0.6 * factor) ** 2, (factor - 1) / 2)
-        return blurred(x, kernel)[:, ::factor, ::factor]
+        return decimated(x, factor, generator.uniform(0.1, 0.6 * factor))
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -133,6 +132,21 @@ def gaussian_kernel(size: int, covariance: np.ndarray, shift: float = 0.0) -> np
     return kernel / total if total > 0 else np.pad([[1.0]], size // 2)[:size, :size]
 
 
+def decimated(x: Tensor, factor: int, deviation: float) -> Tensor:
+    """Blurs an image, (C, H, W), and keeps the first of every `factor` pixels, (C, H / factor, W / factor).
+
+    The kernel is shifted, so that what is kept is the blurred value in the middle of each square of pixels.
+
+    Args:
+        x: The image.
+        factor: How many times smaller the result is.
+        deviation: Of the Gaussian, in pixels.
+    """
+    # A convolution mirrors its kernel: a Gaussian to the upper left takes pixels from the lower right.
+    kernel = gaussian_kernel(25, np.eye(2) * deviation**2, -(factor - 1) / 2)
+    return blurred(x, kernel)[:, ::factor, ::factor]
+
+
 def random_kernel(factor: int, generator: np.random.Generator) -> np.ndarray:
     """The kernel of a blur: with equal chance an ellipse in a random direction, or a circle."""
     if generator.random() < 0.5:
@@ -158,10 +172,16 @@ def noisy(x: Tensor, generator: np.random.Generator) -> Tensor:
     elif kind < 0.4:
         noise = level * generator.standard_normal((1, height, width))
     else:
-        basis = np.linalg.qr(generator.random((channels, channels)))[0]
-        mixing = basis @ np.diag(np.sqrt(generator.random(channels)))
+        values, vectors = np.linalg.eigh(random_covariance(channels, generator))
+        mixing = vectors * np.sqrt(values.clip(min=0))
         noise = 2 / 255 * np.tensordot(mixing, generator.standard_normal((channels, height, width)), 1)
     return (x + torch.from_numpy(noise)).clamp(0, 1)
+
+
+def random_covariance(channels: int, generator: np.random.Generator) -> np.ndarray:
+    """Of noise in the channels, (channels, channels): correlations are at least 0, as in the published code."""
+    basis = np.linalg.svd(generator.random((channels, channels)))[0]
+    return np.abs(basis.T @ np.diag(generator.random(channels)) @ basis)
 
 
 def compressed(x: Tensor, generator: np.random.Generator) -> Tensor:

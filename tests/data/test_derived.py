@@ -26,7 +26,7 @@ from diffusion_lit.data import (
     MaskFiles,
     WithMaps,
 )
-from diffusion_lit.data.degradation import blurred, gaussian_kernel, resized
+from diffusion_lit.data.degradation import blurred, decimated, gaussian_kernel, noisy, random_covariance, resized
 from diffusion_lit.data.derived import generator_of
 from diffusion_lit.data.masks import read_mask
 
@@ -99,6 +99,33 @@ def test_a_gaussian_kernel_has_the_covariance_asked_for() -> None:
     assert (kernel * y * y).sum() == pytest.approx(2, rel=1e-4)
     shifted = gaussian_kernel(31, covariance, 1.5)
     assert (shifted * x).sum() == pytest.approx(1.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_decimation_keeps_the_middle_of_each_square(factor: int) -> None:
+    """A Gaussian leaves a plane as it is, and a square's mean is the plane's value in its middle."""
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    plane = (0.3 * rows + 0.7 * columns)[None].double()
+    inner = slice(8, -8)
+    found, expected = decimated(plane, factor, 1.1), torch.nn.functional.avg_pool2d(plane, factor)
+    torch.testing.assert_close(found[:, inner, inner], expected[:, inner, inner], atol=1e-5, rtol=0)
+
+
+def test_noise_that_channels_share_is_correlated_positively() -> None:
+    """The published code takes the absolute values of U' D U, which stay positive semidefinite for 3 channels."""
+    for seed in range(50):
+        covariance = random_covariance(3, np.random.default_rng(seed))
+        assert (covariance >= 0).all()
+        assert np.linalg.eigvalsh(covariance).min() > -1e-12
+        assert np.linalg.eigvalsh(covariance).max() <= 1.8
+    found = []
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        noise = noisy(torch.full((3, 40, 40), 0.5, dtype=torch.float64), generator).flatten(1) - 0.5
+        found.append(np.corrcoef(noise.numpy()))
+    shared = [c for c in found if 0.1 < c[0, 1] < 0.999]
+    assert len(shared) > 20
+    assert np.min(found) > -0.12
 
 
 def test_blurring_keeps_a_flat_image_and_resizing_to_the_same_size_changes_nothing() -> None:
