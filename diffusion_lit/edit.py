@@ -41,7 +41,8 @@ class Edit(Part):
 
         Args:
             model: Gives `bind`, `process`, `codec` and so on.
-            noise: Gives draw after draw for each of the B images, in the shape of the model's latents.
+            noise: Gives draw after draw for each of the B images, in the shape of the latents of images of the
+                condition's size.
             condition: What they show, (B, ...) each; images in [-1, 1], on any device.
             sampler: Draws them.
             on_step: Called after every sampling step.
@@ -103,6 +104,9 @@ class Edited(Generator):
     def shape_of(self, entry: str) -> tuple[int, int, int]:
         return self.model.shape_of(entry)
 
+    def takes(self, entry: str, shape: tuple[int, int, int]) -> bool:
+        return self.model.takes(entry, shape)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         return self.model.losses(batch)
 
@@ -128,4 +132,5 @@ class Edited(Generator):
     def generate(
         self, noise: ImageNoise, condition: Condition, sampler: Sampler | None, on_step: StepFn | None = None
     ) -> Tensor:
+        noise.shape = self.model.latent_shape_for(condition, self.entries)
         return self.edit.generate(self.model, noise, condition, sampler or self.sampler, on_step)

@@ -136,10 +136,15 @@ class DiffusionModule(Generator):
         sizes = zip(shape[1:], own[1:], self.latent_shape[1:], strict=True)
         return all(n > 0 and n * latent % (usual * multiple) == 0 for n, usual, latent in sizes)
 
-    def _shape_for(self, condition: Condition) -> tuple[int, int, int]:
-        """The shape of latents of the size that a condition has; `latent_shape` where none of it has a size."""
+    def latent_shape_for(self, condition: Condition, entries: Sequence[str] | None = None) -> tuple[int, int, int]:
+        """The shape of the latents of images of a condition's size; `latent_shape` where nothing in it has a size.
+
+        Args:
+            condition: What the images show, (B, ...) each.
+            entries: What of it the images depend on; None: the model's own `entries`.
+        """
         channels, height, width = self.latent_shape
-        for name in self.entries:
+        for name in self.entries if entries is None else entries:
             if name in condition and condition[name].ndim == 4:
                 usual, given = self.shape_of(name)[1:], condition[name].shape[2:]
                 return channels, height * given[0] // usual[0], width * given[1] // usual[1]
@@ -278,7 +283,7 @@ class DiffusionModule(Generator):
         self, noise: ImageNoise, condition: Condition, sampler: Sampler | None, on_step: StepFn | None = None
     ) -> Tensor:
         sampler = sampler or self.sampler
-        noise.shape = self._shape_for(condition)
+        noise.shape = self.latent_shape_for(condition)
         latents = sampler(self.bind(condition, noise), noise.draw(), self.process, noise.draw, on_step)
         return self.finished(latents, condition)
 
@@ -297,11 +302,12 @@ class DiffusionModule(Generator):
     ) -> Tensor:
         given = self.conditions()(torch.tensor(indices)) if condition is None else condition
         noise = self.noise(indices, seed)
+        noise.shape = self.latent_shape_for(given)
         last = len(self.sampler.times(self.process)) - 1
         shown = {round(i * last / max(num_frames - 1, 1)) for i in range(num_frames)} | {last}
         frames = []
         with self.evaluating():
-            path = self.sampler.path(self.bind(given), noise.draw(), self.process, noise.draw)
+            path = self.sampler.path(self.bind(given, noise), noise.draw(), self.process, noise.draw)
             for number, state in enumerate(path):
                 if number in shown:
                     alpha, sigma = self.process.alpha_sigma(state.t)

@@ -9,12 +9,17 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from diffusion_lit.conditioner import Labels
-from diffusion_lit.conditioners import Joint, LowResolution, MaskedImage, SemanticMap
-from diffusion_lit.edit import Edited
+from diffusion_lit.conditioners import Joint, LowResolution, MaskedImage, NoiseAugmentation, SemanticMap
+from diffusion_lit.diffusion import DDIM
+from diffusion_lit.diffusion.projection import PatchMeans
+from diffusion_lit.edit import Edit, Edited
+from diffusion_lit.methods.image_guidance import ImageGuidance
+from diffusion_lit.methods.projected import Projected
 from diffusion_lit.methods.repaint import Replacement
 from diffusion_lit.methods.sdedit import SDEdit
 from diffusion_lit.prediction import asked_conditions
 from tests import tiny
+from tests.systems import autoencoder
 from tests.test_conditioners import model
 
 
@@ -162,7 +167,8 @@ LOW = lambda: model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)  
         (MASKED, {"image": "nowhere", "mask": "hole"}, "image=nowhere: there is no such file or folder"),
         (LARGE, {"image": "wide"}, "image .* has 9 x 8 pixels, and the model takes 8 x 8; resize it"),
         (LOW, {"image": "both"}, "image .*eight.png has 8 x 8 pixels, and the first 4 x 4; make them in several"),
-        (EDITED, {"image": "four", "mask": "hole"}, "image .* has 4 x 4 pixels, and the model takes 8 x 8; resize it"),
+        (EDITED, {"image": "wide", "mask": "hole"}, "image .* has 9 x 8 pixels, and the model takes 8 x 8; resize it"),
+        (EDITED, {"image": "four", "mask": "hole"}, "mask=.* has 8 x 8 pixels, and the image 4 x 4; resize it"),
         (LOW, {"image": "label"}, r"labels: 12 must lie in 0 \.\. 9"),
         (LOW, {"labels": "3"}, "makes images from low_res; give --image too"),
         (
@@ -203,3 +209,47 @@ def test_a_convolutional_network_makes_images_of_other_sizes(tmp_path: Path, cap
     three = stage.sample(range(3), seed=1, condition=condition)
     one = stage.sample([2], seed=1, condition={"low_res": condition["low_res"][2:]})
     torch.testing.assert_close(one, three[2:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("edit", [Replacement(2), SDEdit(0.5), Projected(PatchMeans(4)), ImageGuidance(PatchMeans(4))])
+def test_editing_makes_images_of_other_sizes_too(tmp_path: Path, edit: Edit) -> None:
+    """Of the size of the image that is edited, and each is that of its number at every batch size."""
+    pictures = [levels(3, 16)[n][:12] for n in range(3)]
+    for number, picture in enumerate(pictures):
+        save(tmp_path / "images" / f"{number}.png", picture)
+    holes = save(tmp_path / "mask.png", hole(16)[:12])
+    options = {"image": str(tmp_path / "images"), **({"mask": str(holes)} if "mask" in edit.entries else {})}
+    made = tiny.module(sampler=DDIM(4, eta=1.0))
+    tiny.trainer(tmp_path).predict(made, out=str(tmp_path / "at_once"), edit=edit, **options)
+    tiny.trainer(tmp_path).predict(made, out=str(tmp_path / "single"), edit=edit, batch_size=1, **options)
+    for number, picture in enumerate(pictures):
+        found, single = (read(tmp_path / way / f"00000{number}.png") for way in ("at_once", "single"))
+        assert found.shape == (12, 16)
+        assert np.abs(found.astype(int) - single).max() <= 1
+        if isinstance(edit, Replacement):
+            assert np.array_equal(found[:, :8], picture[:, :8])
+
+
+def test_an_image_whose_patches_do_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    image = save(tmp_path / "image.png", levels(1, 12)[0][:10])
+    with pytest.raises(ValueError, match="patches of 4 pixels do not divide images of 12 x 10 pixels") as refusal:
+        tiny.trainer(tmp_path).predict(tiny.module(), edit=Projected(PatchMeans(4)), image=str(image))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_autoencoder_reconstructs_images_of_any_size_that_its_factor_divides(tmp_path: Path) -> None:
+    made = autoencoder()
+    image = save(tmp_path / "image.png", levels(1, 16)[0][:12])
+    assert predict(tmp_path, made, image=str(image))[0].shape == (12, 16)
+    odd = save(tmp_path / "odd.png", levels(1, 16)[0][:11])
+    with pytest.raises(ValueError, match="has 16 x 11 pixels, and the model takes"):
+        asked_conditions(made, image=str(odd))
+
+
+def test_frames_of_a_cascade_end_in_the_images_that_predict_makes() -> None:
+    """The noise of the low-resolution images is that of `sample`; of another size than in training, too."""
+    stage = model(Joint([Labels(), LowResolution(2, 1, NoiseAugmentation(level=0.3))]), 2)
+    for size in (4, 6):
+        condition = {"low_res": torch.rand(2, 1, size, 4) - 0.5}
+        frames = stage.trajectory([3, 5], seed=1, condition=condition)
+        assert torch.equal(frames[-1], stage.sample([3, 5], seed=1, condition=condition))

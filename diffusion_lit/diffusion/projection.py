@@ -47,7 +47,9 @@ def patches(size: int = 8) -> Projection:
 
     def project(x: Tensor) -> Tensor:
         if x.shape[-1] % size or x.shape[-2] % size:
-            raise ValueError(f"patches: {size} does not divide images of {tuple(x.shape[-2:])} pixels")
+            raise ValueError(
+                f"known: patches of {size} pixels do not divide images of {x.shape[-1]} x {x.shape[-2]} pixels"
+            )
         means: Tensor = F.avg_pool2d(x, size)
         enlarged: Tensor = means.repeat_interleave(size, -1).repeat_interleave(size, -2)
         return enlarged

@@ -107,6 +107,7 @@ class DDPMpp(Network):
     Attributes:
         has_null_label: True where there are classes: a negative label, or none, is mapped like a one-hot vector of
             zeros. It is learned only if labels are dropped in training: see `diffusion_lit.conditioner.Labels`.
+        size_multiple: 2^(number of multipliers - 1); attention is at the levels of `image_size`.
 
     Raises:
         ValueError: If the image size cannot be halved often enough, channels are no multiples of 4, an attention
@@ -140,6 +141,7 @@ class DDPMpp(Network):
             )
         self.image_size = image_size
         self.in_channels = in_channels
+        self.size_multiple = 2 ** (len(multipliers) - 1)
         self.width = width
         self.num_classes = num_classes
         self.has_null_label = num_classes is not None

@@ -75,6 +75,9 @@ class UNet(Network):
         checkpoint_blocks: Whether to recompute the blocks in the backward pass instead of keeping their activations:
             less memory, a third more arithmetic.
 
+    Attributes:
+        size_multiple: 2^(number of multipliers - 1); attention is at the levels of `image_size`.
+
     Raises:
         ValueError: If the image size cannot be halved often enough, channels cannot be divided into groups or
             heads, an attention resolution does not occur, or `dropout` lies outside [0, 1).
@@ -101,6 +104,7 @@ class UNet(Network):
         check_shape("UNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups, ends)
         self.image_size = image_size
         self.in_channels = in_channels
+        self.size_multiple = 2 ** (len(multipliers) - 1)
         self.width = width
         self.checkpoint_blocks = checkpoint_blocks
         time_width = 4 * width

@@ -180,6 +180,11 @@ class AutoencoderModule(Generator):
     def entries(self) -> tuple[str, ...]:
         return ("image",)
 
+    def takes(self, entry: str, shape: tuple[int, int, int]) -> bool:
+        """Whether an entry may have a shape: images of any size that the factor divides."""
+        channels, *size = shape
+        return channels == self.network.in_channels and all(n > 0 and n % self.network.factor == 0 for n in size)
+
     def pictures(self, images: Tensor, condition: Condition) -> Tensor:
         """Originals, each with its reconstruction on the right: (B, C, H, 2 W)."""
         return torch.cat([condition["image"].to(images.device), images], dim=3)
