@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from diffusion_lit.data.masks import White, check_white
 from diffusion_lit.data.pictures import Size, kept_texts, picture_files, read_images, read_maps, read_masks
 from diffusion_lit.generator import Generator, check_labels
 from diffusion_lit.images import scaled
@@ -53,6 +54,7 @@ def asked_conditions(
     image: str | None = None,
     mask: str | None = None,
     map: str | None = None,
+    mask_white: White = "hole",
 ) -> Conditions | None:
     """What was asked for by name; None: nothing in particular.
 
@@ -63,8 +65,9 @@ def asked_conditions(
         prompts: Texts, one for each image.
         prompts_file: Instead, a file with one on each line.
         image: A file, or a folder of images that are made from one each, in the order of their paths.
-        mask: Likewise, masks: white where holes are.
+        mask: Likewise, masks.
         map: Likewise, maps of classes.
+        mask_white: What is white in the masks.
 
     Raises:
         ValueError: If the model cannot be asked for that, two of them exclude each other, or something is missing.
@@ -82,7 +85,7 @@ def asked_conditions(
         **({} if numbers is None else {"label": torch.tensor(numbers)}),
         **({} if texts is None else {"caption": encode_text(texts)}),
     }
-    given = {**asked_pictures(model, image, mask, map), **given}
+    given = {**asked_pictures(model, image, mask, map, mask_white), **given}
     missing = [name for name in entries if name not in given]
     if given and missing:
         options = dict.fromkeys(OPTIONS.get(name, f"data with {name}") for name in missing)
@@ -96,7 +99,9 @@ def in_turn(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[torch.arange(count) % len(value)] for name, value in given.items()}
 
 
-def asked_pictures(model: L.LightningModule, image: str | None, mask: str | None, map: str | None) -> dict[str, Tensor]:
+def asked_pictures(
+    model: L.LightningModule, image: str | None, mask: str | None, map: str | None, mask_white: White
+) -> dict[str, Tensor]:
     """Images, masks and maps asked for by their files, as a model takes them, and what `predict` wrote into them.
 
     An image is the low-resolution image of models that take one.
@@ -106,16 +111,18 @@ def asked_pictures(model: L.LightningModule, image: str | None, mask: str | None
         image: See `asked_conditions`, as for the others.
         mask: Likewise.
         map: Likewise.
+        mask_white: Likewise.
 
     Raises:
         ValueError: If the model takes no such thing, or a file cannot be used.
     """
+    check_white("mask_white", mask_white)
     entries = model.entries if isinstance(model, Generator) else ()
     of_image = next((name for name in ("image", "low_res") if name in entries), "image")
     given: dict[str, Tensor] = {}
     for path, name, option, read in (
         (image, of_image, "image", read_images),
-        (mask, "mask", "mask", read_masks),
+        (mask, "mask", "mask", partial(read_masks, white=mask_white)),
         (map, "map", "map", read_maps),
     ):
         if path is None:

@@ -249,6 +249,7 @@ class Trainer(L.Trainer):
         prompts_file: str | None = None,
         image: str | None = None,
         mask: str | None = None,
+        mask_white: Literal["hole", "known"] = "hole",
         map: str | None = None,
         edit: Edit | None = None,
         animate: Literal["x0", "x_t"] | None = None,
@@ -273,7 +274,8 @@ class Trainer(L.Trainer):
             prompts_file: Instead, a file with one text on each line.
             image: A file, or a folder such as an earlier prediction's: image i is made from the i-th, in the order of
                 paths, and after the last from the first again. For models of low resolution it is the small image.
-            mask: Likewise, a file or folder of masks, white where something is to be filled in.
+            mask: Likewise, a file or folder of masks, of two colours.
+            mask_white: Whether white in the masks is what is to be filled in ("hole"), or what is known ("known").
             map: Likewise, a file or folder of maps, palette or grey PNG files whose values are classes.
             edit: Another way to make images with the same model.
             animate: Whether to write an animated PNG too, in which the first 16 images come about: the clean image as
@@ -285,7 +287,9 @@ class Trainer(L.Trainer):
         with held_weights(model, ckpt_path, weights):
             if edit is not None:
                 model = Edited.of(model, edit)
-            conditions = asked_conditions(model, labels, per_class, prompts, prompts_file, image, mask, map)
+            conditions = asked_conditions(
+                model, labels, per_class, prompts, prompts_file, image, mask, map, mask_white
+            )
             if conditions is None and isinstance(model, Generator) and model.entries:
                 conditions = model.conditions(datamodule)
             requests = asked_requests(conditions, num_images, batch_size, seed)

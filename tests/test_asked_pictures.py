@@ -211,6 +211,17 @@ def test_a_convolutional_network_makes_images_of_other_sizes(tmp_path: Path, cap
     torch.testing.assert_close(one, three[2:], atol=1e-5, rtol=0)
 
 
+def test_masks_whose_white_is_known_are_those_whose_white_is_a_hole_inverted(tmp_path: Path) -> None:
+    image = str(save(tmp_path / "image.png", levels(1)[0]))
+    white, black = (save(tmp_path / f"{n}.png", m) for n, m in (("white", hole()), ("black", 255 - hole())))
+    made = model(MaskedImage(), 2)
+    [found] = predict(tmp_path / "hole", made, image=image, mask=str(white))
+    [same] = predict(tmp_path / "known", made, image=image, mask=str(black), mask_white="known")
+    assert np.array_equal(found, same)
+    with pytest.raises(ValueError, match="mask_white='black' must be 'hole' or 'known'"):
+        predict(tmp_path / "none", made, image=image, mask=str(white), mask_white="black")
+
+
 @pytest.mark.parametrize("edit", [Replacement(2), SDEdit(0.5), Projected(PatchMeans(4)), ImageGuidance(PatchMeans(4))])
 def test_editing_makes_images_of_other_sizes_too(tmp_path: Path, edit: Edit) -> None:
     """Of the size of the image that is edited, and each is that of its number at every batch size."""

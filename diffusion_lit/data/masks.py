@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from diffusion_lit.data.folder import find
 from diffusion_lit.types import Part
+
+White: TypeAlias = Literal["hole", "known"]
+"""What is white in files of masks: what is to be filled, or what is known."""
 
 DRAWN_AT = 256
 """Height and width in pixels of the images that lengths of drawn masks are given for."""
@@ -106,14 +110,17 @@ class CentreHole(Masks):
 
 
 class MaskFiles(Masks):
-    """Image files, white where holes are; image i has file i modulo their number, in the order of their paths.
+    """Image files; image i has file i modulo their number, in the order of their paths.
 
     Args:
         folder: Where they are, and in folders below.
+        white: What is white in them.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, white: White = "hole") -> None:
+        check_white("source.masks.white", white)
         self.folder = folder
+        self.white = white
         self._files: list[Path] | None = None
 
     def __call__(self, index: int, size: int, generator: np.random.Generator) -> Tensor:
@@ -123,7 +130,7 @@ class MaskFiles(Masks):
         if not self._files:
             raise ValueError(f"masks.folder={self.folder}: no images there; set --data.source.masks.folder")
         path = self._files[index % len(self._files)]
-        mask = read_mask(path)
+        mask = read_mask(path, self.white)
         if mask.shape[1:] != (size, size):
             raise ValueError(
                 f"mask {path} has {mask.shape[2]} x {mask.shape[1]} pixels, and the images {size} x {size}; resize it"
@@ -131,8 +138,19 @@ class MaskFiles(Masks):
         return mask
 
 
-def read_mask(path: Path) -> Tensor:
-    """Reads a mask: white, or any grey from 128 on, is a hole; as published inpainting programs have it.
+def check_white(option: str, white: str) -> None:
+    """Raises ValueError if an option says something else than `White` allows."""
+    if white not in ("hole", "known"):
+        raise ValueError(f"{option}={white!r} must be 'hole' or 'known': what is white in files of masks")
+
+
+def read_mask(path: Path, white: White = "hole") -> Tensor:
+    """Reads a mask of two colours: white, or any grey from 128 on, and black.
+
+    Args:
+        path: An image file.
+        white: What is white: "hole" in the programs of latent diffusion, Stable Diffusion and LaMa, "known" in those of
+            RePaint.
 
     Returns:
         uint8, (1, H, W): 1 where pixels are known.
@@ -145,7 +163,8 @@ def read_mask(path: Path) -> Tensor:
             array = np.array(image.convert("L"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
-    mask = torch.from_numpy((array < 128).astype(np.uint8))[None]
+    mask = torch.from_numpy(((array >= 128) == (white == "known")).astype(np.uint8))[None]
     if mask.all():
-        raise ValueError(f"mask {path} has no hole: nothing in it is white; white is what is to be filled")
+        hole = "white" if white == "hole" else "black"
+        raise ValueError(f"mask {path} has no hole: nothing in it is {hole}; {hole} is what is to be filled")
     return mask

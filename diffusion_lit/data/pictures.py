@@ -13,7 +13,7 @@ from diffusion_lit.data import sixteen_bits
 from diffusion_lit.data.decode import EXTENSIONS, in_colour, upright
 from diffusion_lit.data.derived import read_map
 from diffusion_lit.data.folder import find
-from diffusion_lit.data.masks import read_mask
+from diffusion_lit.data.masks import White, read_mask
 
 Shape = tuple[int, int, int]
 
@@ -66,9 +66,9 @@ def _read_image(path: Path, channels: int) -> Tensor:
     return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels).transpose(2, 0, 1).copy())
 
 
-def read_masks(files: Sequence[Path], size: Size) -> Tensor:
-    """Reads masks, white where holes are: uint8, (N, 1, H, W), 1 where pixels are known; see `read_mask`."""
-    return _stack([(path, read_mask(path)) for path in files], size, "mask", "resize it")
+def read_masks(files: Sequence[Path], size: Size, white: White = "hole") -> Tensor:
+    """Reads masks: uint8, (N, 1, H, W), 1 where pixels are known; see `read_mask`."""
+    return _stack([(path, read_mask(path, white)) for path in files], size, "mask", "resize it")
 
 
 def read_maps(files: Sequence[Path], size: Size) -> Tensor:

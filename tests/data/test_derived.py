@@ -185,6 +185,18 @@ def test_white_is_a_hole_in_files_and_image_i_has_file_i_modulo_their_number(tmp
         assert mask[0, :, 0].tolist() == [int(row != index % 2) for row in range(4)]
 
 
+def test_white_may_be_what_is_known_instead(tmp_path: Path) -> None:
+    """The border of the two colours is between 127 and 128, as where values above or at 0.5 are white."""
+    save(tmp_path / "m.png", [[0, 127], [128, 255]])
+    assert MaskFiles(str(tmp_path))(0, 2, generator_of(0, 0)).tolist() == [[[1, 1], [0, 0]]]
+    assert MaskFiles(str(tmp_path), "known")(0, 2, generator_of(0, 0)).tolist() == [[[0, 0], [1, 1]]]
+    save(tmp_path / "m.png", np.full((2, 2), 255))
+    with pytest.raises(ValueError, match="has no hole: nothing in it is black; black is what is to be filled"):
+        MaskFiles(str(tmp_path), "known")(0, 2, generator_of(0, 0))
+    with pytest.raises(ValueError, match=r"source\.masks\.white='black' must be 'hole' or 'known'"):
+        MaskFiles(str(tmp_path), "black")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
