@@ -21,9 +21,11 @@ class Codec(Part):
 
     Attributes:
         bounded: Whether data lie in [-1, 1], so that predictions of x_0 may be clipped there.
+        needs_pixels: Whether `latents` needs a batch's `image`.
     """
 
     bounded: bool = False
+    needs_pixels: bool = True
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:

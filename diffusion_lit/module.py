@@ -124,6 +124,10 @@ class DiffusionModule(Generator):
         guided = () if self.guidance is None else self.guidance.entries
         return tuple(dict.fromkeys((*self.conditioner.entries, *guided)))
 
+    @property
+    def needs_pixels(self) -> bool:
+        return self.codec.needs_pixels or "image" in self.conditioner.entries
+
     def shape_of(self, entry: str) -> tuple[int, int, int]:
         return self.conditioner.shape_of(entry, self.image_shape, self.latent_shape)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion_lit import stepping
-from diffusion_lit.data.classes import check_class_names
+from diffusion_lit.data.fitting import check_class_names, check_images
 from diffusion_lit.data.tuples import Tuples
 from diffusion_lit.execution import Execution
 from diffusion_lit.optimization import named_errors, optimization
@@ -88,6 +88,11 @@ class System(Weighted):
     def num_classes(self) -> int | None:
         """Number of classes that the system tells apart or can be asked for; None: it knows no classes."""
         return None
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether `losses` needs a batch's `image`, and not only what is stored of it."""
+        return True
 
     @abstractmethod
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -169,12 +174,8 @@ class System(Weighted):
         if names is not None and self.num_classes is not None:
             self.class_names = list(names)
             check_class_names(self.class_names, self.num_classes)
-        shape = tuple(getattr(data, "image_shape", self.image_shape))
-        if stage != "predict" and shape != self.image_shape:
-            raise ValueError(
-                f"the data's images are {shape} (channels, height, width) but the {name} takes {self.image_shape}; "
-                "make the image_size of data and network, and the network's in_channels, agree"
-            )
+        if stage != "predict":
+            check_images(data, name, self.image_shape, self.needs_pixels)
         self.execute(getattr(self.trainer, "execution", Execution()))
 
     def check_training(self, trainer: L.Trainer) -> None:
@@ -199,7 +200,7 @@ class System(Weighted):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Makes (image, label) tuples of other data modules into batches; see `Tuples` for ranges and errors."""
-        if isinstance(batch, Mapping) and ("image" in batch or self.trainer.predicting):
+        if isinstance(batch, Mapping) and ({"image", "moments"} & batch.keys() or self.trainer.predicting):
             return batch
         return self._tuples(batch, self.image_shape, self.num_classes)
 

@@ -287,9 +287,7 @@ class Trainer(L.Trainer):
         with held_weights(model, ckpt_path, weights):
             if edit is not None:
                 model = Edited.of(model, edit)
-            conditions = asked_conditions(
-                model, labels, per_class, prompts, prompts_file, image, mask, map, mask_white
-            )
+            conditions = asked_conditions(model, labels, per_class, prompts, prompts_file, image, mask, map, mask_white)
             if conditions is None and isinstance(model, Generator) and model.entries:
                 conditions = model.conditions(datamodule)
             requests = asked_requests(conditions, num_images, batch_size, seed)

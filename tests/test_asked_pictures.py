@@ -229,7 +229,10 @@ def test_editing_makes_images_of_other_sizes_too(tmp_path: Path, edit: Edit) -> 
     for number, picture in enumerate(pictures):
         save(tmp_path / "images" / f"{number}.png", picture)
     holes = save(tmp_path / "mask.png", hole(16)[:12])
-    options = {"image": str(tmp_path / "images"), **({"mask": str(holes)} if "mask" in edit.entries else {})}
+    options: dict[str, Any] = {
+        "image": str(tmp_path / "images"),
+        **({"mask": str(holes)} if "mask" in edit.entries else {}),
+    }
     made = tiny.module(sampler=DDIM(4, eta=1.0))
     tiny.trainer(tmp_path).predict(made, out=str(tmp_path / "at_once"), edit=edit, **options)
     tiny.trainer(tmp_path).predict(made, out=str(tmp_path / "single"), edit=edit, batch_size=1, **options)

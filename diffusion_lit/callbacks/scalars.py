@@ -11,6 +11,7 @@ from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
 from diffusion_lit.stepping import totals
 from diffusion_lit.system import System
+from diffusion_lit.types import batch_size
 
 
 class Scalars(L.Callback):
@@ -54,7 +55,7 @@ class Scalars(L.Callback):
     ) -> None:
         if not isinstance(pl_module, System) or not isinstance(outputs, dict):
             return
-        images = len(batch["image"])
+        images = batch_size(batch)
         add(self._step_sums, totals(outputs, images))
         self._images += images
         if trainer.global_step == self._step:

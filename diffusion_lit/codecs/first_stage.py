@@ -49,6 +49,7 @@ class FirstStage(nn.Module, Codec):
     shift and a scale of each channel a later habit.
     """
 
+    needs_pixels = False
     shift: Tensor
     scale: Tensor
 

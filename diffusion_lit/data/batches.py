@@ -23,10 +23,14 @@ class Batches(Dataset[Batch]):
             empty, so that no image counts twice.
         unreadable: Which images were found to be unreadable, bool, (N,); written to, and shared with worker processes.
             None: an unreadable image is an error.
+        pixels: Whether batches need `image`; else they are what `ImageDataset.without_pixels` returns.
     """
 
-    def __init__(self, images: ImageDataset, training: bool, unreadable: Tensor | None = None) -> None:
+    def __init__(
+        self, images: ImageDataset, training: bool, unreadable: Tensor | None = None, pixels: bool = True
+    ) -> None:
         self.images = images
+        self.pixels = pixels
         self.training = training
         self.unreadable = unreadable
 
@@ -47,7 +51,8 @@ class Batches(Dataset[Batch]):
             try:
                 readable = self._readable(keys)
                 indices = [key.image for key in readable]
-                return self.images.vary(self.images.batch(indices), indices, [key.draw for key in readable])
+                batch = (self.images.batch if self.pixels else self.images.without_pixels)(indices)
+                return self.images.vary(batch, indices, [key.draw for key in readable])
             except CorruptImage as error:
                 if self.unreadable is None or error.index < 0:
                     raise

@@ -34,6 +34,20 @@ class Captions:
         self._ends = np.array(ends, dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(parts), dtype=np.uint8)
 
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray]) -> "Captions":
+        """From what `arrays` returned."""
+        captions = cls(())
+        captions._first, captions._ends, captions._bytes = arrays
+        return captions
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The number of each image's first caption, and how many there are, int64 (N + 1,); the end of each caption in
+        the text and 0 before them, int64; and the text, UTF-8, uint8.
+        """
+        return self._first, self._ends, self._bytes
+
     def __len__(self) -> int:
         return len(self._first) - 1
 
@@ -71,6 +85,6 @@ class Captions:
     def fingerprint(self) -> str:
         """SHA-256 of the captions."""
         digest = hashlib.sha256()
-        for array in (self._first, self._ends, self._bytes):
+        for array in self.arrays:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()

@@ -115,6 +115,13 @@ class ImageDataset(Dataset[Example], ABC):
         stack: dict[str, Callable[[Any], Tensor]] = {"label": torch.tensor, "caption": stack_texts}
         return cast(Batch, {key: stack.get(key, torch.stack)(column) for key, column in columns.items()})
 
+    def without_pixels(self, indices: Sequence[int]) -> Batch:
+        """Like `batch`, but without `image`, where models of latents have something else to train on.
+
+        Called where the source's `gives_pixels` is false. By default images are there: others may be made from them.
+        """
+        return self.batch(indices)
+
     def vary(self, batch: Batch, indices: Sequence[int], draws: Sequence[int]) -> Batch:
         """Adds to a batch what may differ each time that an image is read: by default one of its captions, if any.
 

@@ -181,7 +181,8 @@ def noisy(x: Tensor, generator: np.random.Generator) -> Tensor:
 def random_covariance(channels: int, generator: np.random.Generator) -> np.ndarray:
     """Of noise in the channels, (channels, channels): correlations are at least 0, as in the published code."""
     basis = np.linalg.svd(generator.random((channels, channels)))[0]
-    return np.abs(basis.T @ np.diag(generator.random(channels)) @ basis)
+    covariance: np.ndarray = np.abs(basis.T @ np.diag(generator.random(channels)) @ basis)
+    return covariance
 
 
 def compressed(x: Tensor, generator: np.random.Generator) -> Tensor:

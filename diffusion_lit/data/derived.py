@@ -37,6 +37,10 @@ class Derived(Source, ABC):
     def image_shape(self) -> tuple[int, int, int]:
         return self.source.image_shape
 
+    @property
+    def moments_of(self) -> str | None:  # type: ignore[override]
+        return self.source.moments_of
+
     def prepare(self) -> None:
         self.source.prepare()
 

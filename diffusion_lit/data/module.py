@@ -27,9 +27,9 @@ class ImageData(L.LightningDataModule, Part):
     """Batches of images for training, validation and testing.
 
     A batch is a dict. As it leaves the loader, `image` is uint8 (B, C, H, W), `label` int64 (B,) if there are classes,
-    and `flip` bool (B,) in training; a dataset may add `caption`, `map`, `low_res`, `mask` and `moments`. As it reaches
-    the model, `image` is float (B, C, H, W) in [-1, 1], the spatial entries are mirrored, `moments` are those of the
-    image or of its mirror image, and `flip` is gone.
+    and `flip` bool (B,) in training; a dataset may add `caption`, `map`, `low_res`, `mask` and `moments`; these may
+    stand in place of `image`. As it reaches the model, `image` is float (B, C, H, W) in [-1, 1], the spatial entries
+    are mirrored, `moments` are those of the image or of its mirror image, and `flip` is gone.
 
     Training batches come from a `TrainingStream`, which continues at the optimiser step that the trainer has reached.
     Validation and testing see every image exactly once over all processes, in the same number of batches on each, of
@@ -87,6 +87,11 @@ class ImageData(L.LightningDataModule, Part):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W), known without reading the disk."""
         return self.source.image_shape
+
+    @property
+    def gives_pixels(self) -> bool:
+        """Whether batches of training, validation and testing have `image`; else they have `moments` instead."""
+        return self.source.gives_pixels
 
     @property
     def class_names(self) -> Sequence[str] | None:
@@ -149,7 +154,7 @@ class ImageData(L.LightningDataModule, Part):
         stream = TrainingStream(
             len(images), self.micro_batch(), rank, world_size, self._micro_batches_done, self.seed, self.flip
         )
-        return self._loader("train", stream, training=True)
+        return self._loader("train", stream, training=True, pixels=self.gives_pixels)
 
     def images_of_step(self, step: int) -> list[int]:
         """Indices of the training images of one optimiser step, over all processes and micro-batches, in order.
@@ -165,14 +170,14 @@ class ImageData(L.LightningDataModule, Part):
         if self._load("val") is None:
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             return []
-        return self._loader("val", self._one_pass("val"))
+        return self._loader("val", self._one_pass("val"), pixels=self.gives_pixels)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """One pass over the test images; one empty batch if there are none, since `test` also scores generated ones."""
         if self._load("test") is None:
             nothing = InMemoryImages("no test images", torch.empty(0, *self.image_shape, dtype=torch.uint8))
             return DataLoader(Batches(nothing, training=False), batch_sampler=[[]], collate_fn=as_is)
-        return self._loader("test", self._one_pass("test"))
+        return self._loader("test", self._one_pass("test"), pixels=self.gives_pixels)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mirrors the spatial entries on the device, and scales them: see `images.scaled`."""
@@ -285,7 +290,12 @@ class ImageData(L.LightningDataModule, Part):
         return OnePass(len(self.dataset(split)), self.eval_batch_size, rank, world_size)
 
     def _loader(
-        self, split: Split, batches: Sampler[list[Key]], training: bool = False, keep_workers: bool = True
+        self,
+        split: Split,
+        batches: Sampler[list[Key]],
+        training: bool = False,
+        keep_workers: bool = True,
+        pixels: bool = True,
     ) -> DataLoader[Batch]:
         images = self.dataset(split)
         if isinstance(images, InMemoryImages):
@@ -294,7 +304,7 @@ class ImageData(L.LightningDataModule, Part):
         num_workers = self._workers(images)
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
-            Batches(images, training, self._unreadable.get(split)),
+            Batches(images, training, self._unreadable.get(split), pixels),
             batch_sampler=cast(Any, batches),
             collate_fn=as_is,
             num_workers=num_workers,

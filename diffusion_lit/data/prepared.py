@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
+from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.dataset import Example, ImageDataset, Split
 from diffusion_lit.data.source import Source, at_least
 from diffusion_lit.types import Batch
@@ -24,20 +25,27 @@ class Prepared(Source):
     """Images that `python -m diffusion_lit prepare` has stored, already cropped and resized.
 
     They are read through the page cache, so that sets larger than memory work and processes share what is read. Worker
-    processes help only when the disk's cache is cold.
+    processes help only when the disk's cache is cold. Captions are kept in memory.
 
     Args:
         file: The file that `prepare` wrote.
         image_size: Height and width in pixels, as prepared.
         channels: 3 for RGB, 1 for grey, as prepared.
         moments: The file that `prepare --first_stage` wrote for these images; null: batches have no moments.
+        pixels: Whether batches of training and validation have the images too; null: only where there are no moments.
+            Pictures and scores always have them.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or there are neither pixels nor moments.
     """
 
-    def __init__(self, file: str, image_size: int, channels: int = 3, moments: str | None = None) -> None:
+    def __init__(
+        self, file: str, image_size: int, channels: int = 3, moments: str | None = None, pixels: bool | None = None
+    ) -> None:
         at_least("source.image_size", image_size, 1)
+        if pixels is False and moments is None:
+            raise ValueError("source.pixels=False leaves nothing to train on; give --data.source.moments")
+        self.pixels = pixels
         self.file = Path(file).expanduser()
         self.moments = None if moments is None else Path(moments).expanduser()
         self.image_size = image_size
@@ -63,6 +71,10 @@ class Prepared(Source):
                 f"--data.source.image_size to {images.image_size} and --data.source.channels to {images.channels}"
             )
         return images
+
+    @property
+    def gives_pixels(self) -> bool:  # type: ignore[override]
+        return self.moments is None if self.pixels is None else self.pixels
 
     @property
     def moments_of(self) -> str | None:  # type: ignore[override]
@@ -93,6 +105,8 @@ class Stored:
 
     def map(self, path: Path) -> np.ndarray:
         """Maps the array into memory; changes to it stay in this process."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
         return np.memmap(path, self.dtype, "c", self.offset, self.shape)
 
 
@@ -105,12 +119,14 @@ class Part:
         labels: int64, (N,), if there are classes.
         fingerprint: As `InMemoryImages.fingerprint` of the same images.
         class_names: Name of each class, if they have names.
+        captions: The arrays of `Captions`, if there are captions.
     """
 
     pixels: Stored
     labels: Stored | None
     fingerprint: str
     class_names: list[str] | None
+    captions: Sequence[Stored] | None = None
 
 
 class Moments:
@@ -151,6 +167,8 @@ class MappedImages(ImageDataset):
         self.path = path
         self.part = part
         self.labels = None if part.labels is None else torch.from_numpy(np.array(part.labels.map(path)))
+        if part.captions is not None:
+            self.captions = Captions.of([np.array(stored.map(path)) for stored in part.captions])
         self.moments = moments
         self._pixels: np.ndarray | None = None
 
@@ -177,7 +195,12 @@ class MappedImages(ImageDataset):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         chosen = np.array(indices, dtype=np.int64)
-        batch: Batch = {"image": torch.from_numpy(np.array(self.pixels[chosen]))}
+        image = torch.from_numpy(np.array(self.pixels[chosen]))
+        return cast(Batch, {"image": image, **self.without_pixels(indices)})
+
+    def without_pixels(self, indices: Sequence[int]) -> Batch:
+        chosen = np.array(indices, dtype=np.int64)
+        batch = cast(Batch, {})
         if self.labels is not None:
             batch["label"] = self.labels[torch.from_numpy(chosen)]
         if self.moments is not None:
@@ -185,7 +208,7 @@ class MappedImages(ImageDataset):
         return batch
 
     def fingerprint(self) -> str:
-        """SHA-256 of the shape and all pixels, stored with them; equal to that of the images in memory."""
+        """SHA-256 of the shape, all pixels and the captions, stored with them; equal to that of images in memory."""
         return self.part.fingerprint
 
 
@@ -205,11 +228,14 @@ def parts_of(path: Path) -> dict[Split, Part]:
         fingerprints = content["fingerprints"]
         # Files of version 0.1.0 have no class names.
         names = content.get("class_names", [None] * len(fingerprints))
+        captions = content.get("captions", [None] * len(fingerprints))
         parts: dict[Split, Part] = {}
         for split, number in content["parts"].items():
             pixels, labels = arrays[2 * number : 2 * number + 2]
             has_labels = labels.shape == pixels.shape[:1]
-            parts[split] = Part(pixels, labels if has_labels else None, fingerprints[number], names[number])
+            start = captions[number]
+            texts = None if start is None else arrays[start : start + 3]
+            parts[split] = Part(pixels, labels if has_labels else None, fingerprints[number], names[number], texts)
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is not a complete file of prepared images: {error}; "

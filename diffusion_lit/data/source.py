@@ -15,11 +15,13 @@ class Source(Part):
     Attributes:
         flips: Default of `ImageData.flip`: whether a mirrored image is still an image of this collection.
         eval_batch_size: Default of `ImageData.eval_batch_size`.
+        gives_pixels: Whether batches of training and validation have `image`; false: they have `moments` instead.
         moments_of: Fingerprint of the first stage whose `moments` batches have; None: they have none.
     """
 
     flips: bool = True
     eval_batch_size: int = 256
+    gives_pixels: bool = True
     moments_of: str | None = None
 
     @property

@@ -23,6 +23,7 @@ from diffusion_lit import command
 from diffusion_lit.codecs import FirstStage
 from diffusion_lit.configuration import instantiate
 from diffusion_lit.data import CorruptImage, ImageData, InMemoryImages, Prepared, Split
+from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.prepared import FORMAT, MOMENTS_FORMAT, list_arrays
 from diffusion_lit.images import from_uint8
 from diffusion_lit.metrics.files import remove_abandoned, whole_file
@@ -30,17 +31,18 @@ from diffusion_lit.parts import Slot
 from diffusion_lit.types import StepFn
 
 BATCH_SIZE = 64
-STORED = {"image", "label"}
+STORED = {"image", "label", "caption"}
 GREATEST = float(np.finfo(np.float16).max)
 
 
 def prepare(data: ImageData, path: Path, on_images: StepFn = lambda done, total: None) -> None:
-    """Stores all images of a data module, with their labels, in one file.
+    """Stores all images of a data module, with their labels and captions, in one file.
 
     The file is a sequence of .npy arrays, as `numpy.save` writes them one after another: for each split the pixels,
-    uint8 (N, C, H, H), and the labels, int64 (N,) or empty; at the end a JSON text. `numpy.load(file, mmap_mode="r")`
-    gives the training images. Images that the data module leaves out as unreadable are not in it. Splits with the same
-    images, as validation and test mostly are, are stored once.
+    uint8 (N, C, H, H), and the labels, int64 (N,) or empty; then the captions, the arrays of `Captions` for each split
+    that has some; at the end a JSON text. `numpy.load(file, mmap_mode="r")` gives the training images. Images that the
+    data module leaves out as unreadable are not in it. Splits with the same images, as validation and test mostly are,
+    are stored once.
 
     Args:
         data: Where the images come from.
@@ -51,7 +53,7 @@ def prepare(data: ImageData, path: Path, on_images: StepFn = lambda done, total:
         FileExistsError: If the file exists.
         OSError: If the disk has no room for the images.
         CorruptImage: If an image cannot be read; where unreadable images are left out, if none can.
-        ValueError: If the images come with more than labels, which the file does not store.
+        ValueError: If the images come with more, which the file does not store.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already; remove it, or choose another file by --out")
@@ -71,15 +73,26 @@ def prepare(data: ImageData, path: Path, on_images: StepFn = lambda done, total:
                 on_images(done, total)
         file.flush()
         part = Path(file.name)
+        captions = [captions_of(data, split) for split in stored]
+        fingerprints = []
+        for pixels, texts in zip(list_arrays(part)[::2], captions, strict=True):
+            images = InMemoryImages("", torch.from_numpy(pixels.map(part)))
+            images.captions = texts
+            fingerprints.append(images.fingerprint())
+        starts: list[int | None] = []
+        number = 2 * len(stored)
+        for texts in captions:
+            starts.append(None if texts is None else number)
+            for array in () if texts is None else texts.arrays:
+                np.save(file, array)
+                number += 1
         names = [data.dataset(split).class_names for split in stored]
         text = {
             "format": FORMAT,
             "source": f"{type(data.source).__module__}.{type(data.source).__qualname__}",
             "parts": {split: stored.index(first_with[source]) for split, source in sources.items()},
-            "fingerprints": [
-                InMemoryImages("", torch.from_numpy(pixels.map(part))).fingerprint()
-                for pixels in list_arrays(part)[::2]
-            ],
+            "fingerprints": fingerprints,
+            "captions": starts,
             "class_names": [None if n is None else list(n) for n in names],
         }
         np.save(file, np.frombuffer(json.dumps(text).encode(), np.uint8))
@@ -89,10 +102,11 @@ def store(file: BinaryIO, data: ImageData, split: Split) -> Iterator[int]:
     """Appends the pixels and the labels of one split; yields the number of images of each batch that was written."""
     start, count = file.tell(), 0
     labels: list[int] = []
+    stored = STORED if data.dataset(split).captions is not None else STORED - {"caption"}
     # Images may be left out, so their number is known at the end; the header has the same length for any number.
     write_header(file, len(data.dataset(split)), data.image_shape)
     for batch in data.stored_batches(0, 1, BATCH_SIZE, split):
-        if more := batch.keys() - STORED:
+        if more := batch.keys() - stored:
             raise ValueError(f"{data.dataset(split).name}: `prepare` cannot store {', '.join(sorted(more))}")
         file.write(batch["image"].numpy().data)
         labels += batch["label"].tolist() if "label" in batch else []
@@ -105,6 +119,15 @@ def store(file: BinaryIO, data: ImageData, split: Split) -> Iterator[int]:
     write_header(file, count, data.image_shape)
     file.seek(end)
     np.save(file, np.array(labels, dtype=np.int64))
+
+
+def captions_of(data: ImageData, split: Split) -> Captions | None:
+    """All captions of the images of a split that are stored; call it when all were read."""
+    captions = data.dataset(split).captions
+    left_out = set(data.corrupt(split))
+    if captions is None or not left_out:
+        return captions
+    return captions.kept(number for number in range(len(captions)) if number not in left_out)
 
 
 def write_header(file: BinaryIO, count: int, shape: Sequence[int], descr: str = "|u1") -> None:

@@ -8,7 +8,8 @@ import torch
 
 from diffusion_lit import cli
 from diffusion_lit.codecs import FirstStage
-from diffusion_lit.data import Digits, ImageData, Prepared
+from diffusion_lit.data import Digits, Holes, ImageData, Prepared
+from diffusion_lit.data.prepared import Stored
 from diffusion_lit.images import from_uint8
 from diffusion_lit.tools.prepare import main, prepare, prepare_moments
 from tests import tiny
@@ -30,11 +31,11 @@ def plain(images: Path) -> ImageData:
     return ImageData(Prepared(str(images), 8, 1))
 
 
-def with_moments(images: Path, stage: Path, **options: Any) -> ImageData:
+def with_moments(images: Path, stage: Path, pixels: bool | None = None, **options: Any) -> ImageData:
     path = images.with_suffix(".moments")
     if not path.exists():
         prepare_moments(plain(images), FirstStage(str(stage)), path)
-    return ImageData(Prepared(str(images), 8, 1, str(path)), **{"batch_size": 32, **options})
+    return ImageData(Prepared(str(images), 8, 1, str(path), pixels), **{"batch_size": 32, **options})
 
 
 def on_device(data: ImageData, batch: Any) -> Any:
@@ -59,7 +60,7 @@ def test_what_is_stored_are_the_moments_of_each_image_and_of_its_mirror_image(im
 
 
 def test_an_image_that_is_mirrored_gets_the_moments_of_its_mirror_image(images: Path, stage: Path) -> None:
-    data, codec = with_moments(images, stage, flip=True), FirstStage(str(stage))
+    data, codec = with_moments(images, stage, pixels=True, flip=True), FirstStage(str(stage))
     batch = next(iter(data.train_dataloader()))
     assert 5 < int(batch["flip"].sum()) < 27
     ready = on_device(data, batch)
@@ -68,7 +69,7 @@ def test_an_image_that_is_mirrored_gets_the_moments_of_its_mirror_image(images: 
 
 
 def test_validation_batches_and_examples_have_those_of_the_image_itself(images: Path, stage: Path) -> None:
-    data, codec = with_moments(images, stage), FirstStage(str(stage))
+    data, codec = with_moments(images, stage, pixels=True), FirstStage(str(stage))
     found = [on_device(data, next(iter(data.val_dataloader()))), data.examples([1, 2], "val")]
     for batch in found:
         assert batch["moments"].ndim == 4
@@ -92,6 +93,48 @@ def test_training_from_moments_is_training_from_images_without_the_encoder(
     assert (without, with_encoder) == (0, 3)
     for name, value in computed.items():
         torch.testing.assert_close(cached[name], value, atol=2e-3, rtol=0)
+
+
+def test_training_from_moments_reads_no_pixels_unless_something_needs_them(
+    images: Path, stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = with_moments(images, stage)
+    codec = FirstStage(str(stage), num_images=64)
+    codec.start(data, torch.device("cpu"))
+    read: list[str] = []
+    mapped = Stored.map
+
+    def noted(self: Stored, path: Path) -> Any:
+        read.append(self.dtype)
+        return mapped(self, path)
+
+    monkeypatch.setattr(Stored, "map", noted)
+    trainer = tiny.trainer(tmp_path, 2, limit_val_batches=1, val_check_interval=1)
+    trainer.fit(latent_model(codec), data)
+    assert "|u1" not in read
+    assert len(tiny.curves(tmp_path)["train/loss"]) == 2
+    # Pictures and references have them, and conditions that are made from images.
+    assert data.some([1])["image"].shape == (1, 1, 8, 8)
+    assert next(data.reference_batches(0, 1, 4)).shape[1:] == (1, 8, 8)
+    holes = ImageData(Holes(data.source), batch_size=32)
+    assert {"image", "mask", "moments"} <= next(iter(holes.train_dataloader())).keys()
+    assert {"image", "moments"} <= next(iter(with_moments(images, stage, pixels=True).train_dataloader())).keys()
+
+
+def test_a_model_of_pixels_is_not_trained_on_moments(images: Path, stage: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="moments of a first stage in place of images, which the DiffusionModule"):
+        tiny.trainer(tmp_path).fit(tiny.module(), with_moments(images, stage))
+    with pytest.raises(ValueError, match="pixels=False leaves nothing to train on"):
+        Prepared(str(images), 8, 1, pixels=False)
+
+
+def test_moments_below_other_sources_are_compared_with_the_first_stage(
+    images: Path, stage: Path, tmp_path: Path
+) -> None:
+    data = ImageData(Holes(with_moments(images, stage).source), batch_size=32)
+    other = FirstStage(str(write(tmp_path / "other.ckpt", seed=5)), scale=1.0)
+    with pytest.raises(ValueError, match="carry moments of a first stage with the fingerprint"):
+        other.check(data)
 
 
 def test_workers_read_them_too(images: Path, stage: Path) -> None:

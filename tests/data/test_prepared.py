@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,20 @@ import pytest
 import torch
 
 from diffusion_lit import cli
-from diffusion_lit.data import LSUN, CorruptImage, CorruptImageWarning, Digits, Folder, ImageData, Prepared
+from diffusion_lit.data import (
+    LSUN,
+    CaptionedDigits,
+    CorruptImage,
+    CorruptImageWarning,
+    Digits,
+    Folder,
+    ImageData,
+    Prepared,
+    TextFiles,
+)
 from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.tools.prepare import parse, prepare
+from tests import tiny
 from tests.data.test_lsun import write
 from tests.data.test_module import Descriptions
 from tests.test_cli import CONFIGS, fit_args
@@ -110,6 +122,36 @@ def test_a_file_without_class_names_is_read(classes: Path) -> None:
     ours = ImageData(Prepared(str(path), 24))
     assert ours.class_names is None
     assert ours.dataset("val").batch([0, 1])["label"].tolist() == [1, 1]
+
+
+def test_captions_are_kept_all_of_them(tmp_path: Path) -> None:
+    source = ImageData(CaptionedDigits(), batch_size=16, seed=2)
+    ours = prepared(source, tmp_path / "all.images")
+    assert_same_images(ours, source)
+    for split in source.parts():
+        found, expected = ours.dataset(split), source.dataset(split)
+        assert found.captions is not None
+        assert expected.captions is not None
+        assert [found.captions[i] for i in range(len(found))] == [expected.captions[i] for i in range(len(expected))]
+        assert found.fingerprint() == expected.fingerprint()
+    for here, there in zip(islice(ours.train_dataloader(), 3), islice(source.train_dataloader(), 3), strict=True):
+        assert tiny.identical(dict(here), dict(there))
+    assert pickle.loads(pickle.dumps(ours.dataset("train"))).texts(3) == source.dataset("train").texts(3)
+
+
+def test_captions_of_images_that_are_left_out_are_left_out(tmp_path: Path, photo_folder: Write) -> None:
+    root = photo_folder(4)
+    files = sorted(root.iterdir())
+    for number, path in enumerate(files):
+        path.with_suffix(".txt").write_text(f"number {number}\nagain {number}\n")
+    files[1].write_bytes(b"no picture")
+    source = Folder(str(root), 24, labels=False, captions=TextFiles(), in_memory=False)
+    with pytest.warns(CorruptImageWarning):
+        ours = prepared(ImageData(source, on_corrupt="skip"), tmp_path / "all.images")
+    captions = ours.dataset("train").captions
+    assert captions is not None
+    assert [captions[i] for i in range(3)] == [[f"number {n}", f"again {n}"] for n in (0, 2, 3)]
+    assert ours.some([1])["caption"].tolist() == ours.examples([1], "train")["caption"].tolist()
 
 
 def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
