@@ -84,8 +84,44 @@ def _load(path: Path) -> tuple[Any, Any]:
                 "CLIPTextModel and CLIPTokenizer were saved in"
             )
     try:
-        model = CLIPTextModel.from_pretrained(tower, local_files_only=True)
-        return model, CLIPTokenizer.from_pretrained(words, local_files_only=True)
+        model = _tower(CLIPTextModel, tower)
+        tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
     except Exception as error:  # The package raises plain exceptions.
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"conditioner.folder={path} holds no CLIP text model that can be read: {reason}") from error
+    length = model.config.max_position_embeddings
+    if tokenizer.model_max_length < length:
+        raise ValueError(
+            f"conditioner.folder={path}: the tokenizer makes {tokenizer.model_max_length} tokens and the tower takes "
+            f"{length}; such models are not sampled here as they were trained"
+        )
+    return model, tokenizer
+
+
+def _tower(cls: Any, folder: Path) -> Any:
+    """The text tower in a folder, in float32, also of a file in half precision; all of its weights must be there."""
+    from transformers.utils import logging
+
+    plain = any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+    half = next((kind for kind in ("fp16", "bf16") if list(folder.glob(f"*.{kind}.*"))), None)
+    shows, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model, info = cls.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            variant=None if plain else half,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(level)
+        if shows:
+            logging.enable_progress_bar()
+    missing = [*info["missing_keys"], *info["mismatched_keys"]]
+    if missing:
+        raise ValueError(f"{len(missing)} of its weights are missing, first {missing[0]}")
+    if getattr(model.config, "use_attention_mask", False):
+        raise ValueError("use_attention_mask in its config.json has no equal here: no mask is given to the tower")
+    return model

@@ -14,7 +14,8 @@ from diffusion_lit.types import Condition
 class Joint(Conditioner):
     """Several conditioners, each of which makes other inputs of the network.
 
-    For guidance all of them are null at once, where all can be; each drops its own in training.
+    Each drops its own in training. For guidance those that have a null condition are null, all at once; the others
+    stay, such as an image with holes beside a text.
 
     Args:
         conditioners: At least one.
@@ -34,6 +35,8 @@ class Joint(Conditioner):
             raise ValueError(f"conditioner.conditioners: two make {twice[0]}; leave one of them out")
         self.conditioners = nn.ModuleList(conditioners)
         self.roles = tuple(roles)
+        # Whether each has a null condition, which the network may decide: known once it has been checked.
+        self._has_null = [True] * len(conditioners)
         self.entries = tuple(dict.fromkeys(entry for c in conditioners for entry in c.entries))
         self.num_classes = next((c.num_classes for c in conditioners if c.num_classes is not None), None)
 
@@ -45,16 +48,18 @@ class Joint(Conditioner):
 
     def null(self, condition: Condition) -> Condition:
         found: dict[str, Tensor] = {}
-        for part in self._parts():
-            found |= part.null({name: value for name, value in condition.items() if name in part.roles})
+        for part, has_null in zip(self._parts(), self._has_null, strict=True):
+            own = {name: value for name, value in condition.items() if name in part.roles}
+            found |= part.null(own) if has_null else own
         return found
 
     def has_null(self, network: nn.Module) -> bool:
-        return all(part.has_null(network) for part in self._parts())
+        return any(part.has_null(network) for part in self._parts())
 
     def check(self, network: nn.Module) -> None:
         for part in self._parts():
             part.check(network)
+        self._has_null = [part.has_null(network) for part in self._parts()]
 
     def shape_of(self, entry: str, image_shape: Shape, latent_shape: Shape) -> Shape:
         for part in self._parts():

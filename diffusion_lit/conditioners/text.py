@@ -166,13 +166,14 @@ class Text(Prompts):
         if self.tokenizer.ready:
             return
         texts: list[str] = []
-        if isinstance(data, ImageData):
+        if self.tokenizer.learns and isinstance(data, ImageData):
             data.prepare_data()
             texts = data.dataset("train").texts(LEARNED_FROM)
-        if not texts:
+        if self.tokenizer.learns and not texts:
             raise ValueError(
                 "the text encoder learns its vocabulary from captions, which the data lack; choose a --data.source "
                 "that has them"
             )
         self.tokenizer.learn(texts, self.vocabulary)
-        rank_zero_info(f"vocabulary learned from {len(texts):,} captions")
+        if self.tokenizer.learns:
+            rank_zero_info(f"vocabulary learned from {len(texts):,} captions")

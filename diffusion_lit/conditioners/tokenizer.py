@@ -50,6 +50,11 @@ class Tokenizer(nn.Module, Part):
         """Whether it has a vocabulary."""
 
     @property
+    def learns(self) -> bool:
+        """Whether `learn` needs texts."""
+        return True
+
+    @property
     def unknown(self) -> int | None:
         """The token of what the vocabulary cannot express; None: it can express everything."""
         return None
@@ -103,6 +108,10 @@ class WordPiece(Tokenizer):
     @property
     def ready(self) -> bool:
         return self._tokenizer is not None
+
+    @property
+    def learns(self) -> bool:
+        return self.file is None
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 from diffusion_lit.diffusion.cosine import CosineProcess
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.gradient import ClassifierGuidance, GradientGuidance, LogLikelihood, NoisyClassification
-from diffusion_lit.diffusion.grid import Grid, Karras, LogSNR, Quadratic, Spanning, Trailing, Uniform
+from diffusion_lit.diffusion.grid import Grid, Karras, Leading, LogSNR, Quadratic, Spanning, Trailing, Uniform
 from diffusion_lit.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_lit.diffusion.hybrid import Hybrid, VariationalBound
 from diffusion_lit.diffusion.noise import Gaussian, ImageNoise, NoiseSource
@@ -53,6 +53,7 @@ __all__ = [
     "ImageNoise",
     "IntegratedLinear",
     "Karras",
+    "Leading",
     "LearnedRange",
     "Linear",
     "LogLikelihood",

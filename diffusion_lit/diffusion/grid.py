@@ -1,7 +1,8 @@
 """Grids: the times that a sampler visits.
 
-A grid of S steps has S + 1 times, t_S > ... > t_1 > t_0 = 0. On a chain these are S distinct entries for any
-1 <= S <= T: where a paper's rule rounds two times to one entry, the later one moves up to the next free entry.
+A grid of S steps has S + 1 times, t_S > ... > t_1 > t_0, of which t_0 is 0 unless `Grid.end` says another. On a chain
+these are S distinct entries for any 1 <= S <= T: where a paper's rule rounds two times to one entry, the later one
+moves up to the next free entry.
 Continuous time is treated as a chain of 1 / first_time entries, without any rounding.
 """
 
@@ -23,8 +24,12 @@ class Grid(Part):
     def wanted(self, steps: int, process: Process) -> Tensor:
         """Returns S rising times above 0, float64, (S,), before they are moved to times that exist."""
 
+    def end(self, process: Process) -> float:
+        """The time that the last step leads to: 0, clean data."""
+        return 0.0
+
     def __call__(self, steps: int, process: Process) -> Tensor:
-        """Returns the times, falling, float64 on the CPU, (S + 1,); the last is 0.
+        """Returns the times, falling, float64 on the CPU, (S + 1,); the last is `end`.
 
         Args:
             steps: S.
@@ -43,7 +48,7 @@ class Grid(Part):
                 f"sampler.steps={steps} are too many for {type(self).__name__} on this process, whose first time is "
                 f"{process.first_time:g}; set fewer --model.sampler.steps"
             )
-        return torch.cat([times.flip(0), torch.zeros(1, dtype=torch.float64)])
+        return torch.cat([times.flip(0), torch.tensor([self.end(process)], dtype=torch.float64)])
 
 
 def length(process: Process) -> float:
@@ -62,6 +67,39 @@ class Uniform(Grid):
     def wanted(self, steps: int, process: Process) -> Tensor:
         total = length(process)
         return (entries(torch.arange(steps, dtype=torch.float64) * total / steps, process, torch.floor) + 1) / total
+
+
+class Leading(Grid):
+    """Every n-th time from entry 1 + offset, n = T/S rounded down; where S divides T and offset is 0, `Uniform`.
+
+    With `offset=1, clean=false` it is the grid that latent diffusion and Stable Diffusion were published with. Where S
+    does not divide T, sampling starts well below t = 1.
+
+    Args:
+        offset: Entries that are left out at the beginning, at least 0.
+        clean: Whether the last step leads to clean data, or to the first time of the process, whose noise then stays
+            in the result.
+
+    Raises:
+        ValueError: If the offset is below 0.
+
+    Source: the code of Rombach et al. 2022; in diffusers, the spacing "leading", with `steps_offset` and
+    `set_alpha_to_one`.
+    """
+
+    def __init__(self, offset: int = 0, clean: bool = True) -> None:
+        if offset < 0:
+            raise ValueError(f"grid: offset={offset} must be at least 0; latent diffusion has 1")
+        self.offset = offset
+        self.clean = clean
+
+    def wanted(self, steps: int, process: Process) -> Tensor:
+        total = length(process)
+        width = entries(torch.tensor(total / steps, dtype=torch.float64), process, torch.floor)
+        return (torch.arange(steps, dtype=torch.float64) * width + self.offset + 1) / total
+
+    def end(self, process: Process) -> float:
+        return 0.0 if self.clean else process.first_time
 
 
 class Quadratic(Grid):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from diffusion_lit.checkpoint import AVERAGED, RAW
 from diffusion_lit.codecs import FirstStage
@@ -27,6 +28,8 @@ State = Mapping[str, Tensor]
 FIRST_STAGE = "first_stage_model."
 NETWORK = "model.diffusion_model."
 CONDITIONER = "cond_stage_model."
+VOCABULARY = "cond_stage_vocabulary."
+"""Of a conditioner that has one; not in files of that code, which has BERT's."""
 AVERAGE = "model_ema."
 """Followed by the name of a weight without its dots."""
 INSIDE = "diffusion_model."
@@ -190,9 +193,15 @@ def tensors(model: DiffusionModule) -> dict[str, Tensor]:
     for name, tensor in model.conditioner.named_parameters():
         prefix = next((encoder for encoder in encoders if name.startswith(encoder)), None)
         own[name if prefix is None else TEXT + name.removeprefix(prefix)] = tensor
+    vocabularies = {
+        name: tensor
+        for name, tensor in model.conditioner.state_dict().items()
+        if name.endswith(_EXTRA_STATE_KEY_SUFFIX)
+    }
     stage = model.codec.network.state_dict() if isinstance(model.codec, FirstStage) else {}
     return {
         **{NETWORK + name: tensor for name, tensor in model.denoiser.network.state_dict().items()},
         **{CONDITIONER + name: tensor.detach() for name, tensor in own.items()},
+        **{VOCABULARY + name: tensor for name, tensor in vocabularies.items()},
         **{FIRST_STAGE + name: tensor for name, tensor in stage.items()},
     }

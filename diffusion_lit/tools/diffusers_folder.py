@@ -12,14 +12,12 @@ from diffusion_lit.checkpoint import AVERAGED, RAW
 from diffusion_lit.networks import ADMUNet, Autoencoder
 from diffusion_lit.tools import autoencoders, scheduler, unet2d, unet2d_condition
 from diffusion_lit.tools.files import is_state, plain_names, read, read_json
+from diffusion_lit.tools.ldm_bert import Conditioned
+from diffusion_lit.tools.pipelines import Index, read_index
 from diffusion_lit.tools.tensor_names import Exchanged, from_diffusers
 
-LATENT = "LDMPipeline"
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", LATENT)
 PLACES = {AVERAGED: "unet_ema", RAW: "unet"}
 """Subfolders with averaged and raw weights, as diffusers' training scripts write them."""
-FIRST_STAGE = "vqvae"
-"""Subfolder with the autoencoder of `LATENT`, of whichever kind."""
 WEIGHTS_FILES = tuple(
     f"diffusion_pytorch_model{variant}.{suffix}"
     for variant in ("", ".fp16", ".bf16")
@@ -51,12 +49,14 @@ class Folder(NamedTuple):
     Attributes:
         model: Class of the system.
         parts: Its arguments: `network`, and of a diffusion model `process`, `parameterization` and `sampler` where
-            there is a scheduler, and `codec` where there is an autoencoder.
+            there is a scheduler, `codec` where there is an autoencoder, and what else a pipeline says.
         state: Tensors of the network, by our names.
         weights: Which of two sets of weights they are, "averaged" or "raw"; None: there is one.
         source: The file that they are from.
         first_stage: Tensors of the codec's autoencoder; None: there is none.
         scale: Of the latents of an autoencoder alone, which its model here does not keep; None: it is no autoencoder.
+        conditioner: Tensors of the conditioner, by our names; empty: it has none.
+        ignored: What the folder holds besides.
     """
 
     model: str
@@ -66,6 +66,8 @@ class Folder(NamedTuple):
     source: Path
     first_stage: dict[str, Tensor] | None = None
     scale: float | None = None
+    conditioner: Mapping[str, Tensor] = {}
+    ignored: tuple[str, ...] = ()
 
 
 def read_folder(folder: Path, weights: str | None = None) -> Folder:
@@ -79,25 +81,41 @@ def read_folder(folder: Path, weights: str | None = None) -> Folder:
         FileNotFoundError: If a file is missing.
         ValueError: If the pipeline has no equal here, or the weights asked for are not there.
     """
-    index = folder / "model_index.json"
-    pipeline = read_json(index).get("_class_name") if index.is_file() else None
-    if pipeline not in (None, *PIPELINES):
-        raise ValueError(
-            f"{folder} is a {pipeline}; only {', '.join(PIPELINES)} have an equal here; give the folder of one of its "
-            "networks, and a recipe by -c"
-        )
+    index = read_index(folder)
     place, chosen = choose_place(folder, weights)
     stored = read_network(place)
+    if index is not None:
+        return read_pipeline(folder, index, stored, chosen)
     if stored.network["class_path"] == Autoencoder.__name__:
         loss = autoencoders.loss_of(stored.network["init_args"])
         parts = {"network": stored.network, "loss": loss}
         return Folder(AUTOENCODER, parts, stored.state, chosen, stored.source, scale=stored.scale)
-    parts = {"network": stored.network, **read_scheduler(folder)}
-    if pipeline != LATENT:
-        return Folder(DIFFUSION, parts, stored.state, chosen, stored.source)
-    stage = read_network(folder / FIRST_STAGE)
-    parts["codec"] = scheduler.part(codecs.FirstStage, network=stage.network, scale=stage.scale)
-    return Folder(DIFFUSION, parts, stored.state, chosen, stored.source, stage.state)
+    return Folder(DIFFUSION, {"network": stored.network, **read_scheduler(folder)}, stored.state, chosen, stored.source)
+
+
+def read_pipeline(folder: Path, index: Index, network: Stored, weights: str | None) -> Folder:
+    """Reads what a pipeline has besides its network; see `read_folder` for errors."""
+    pipeline = index.pipeline
+    parts = {"network": network.network, **read_scheduler(folder, pipeline.scheduler), **pipeline.parts()}
+    conditioned, first_stage = Conditioned({}, {}), None
+    if pipeline.first_stage is not None:
+        stage = read_network(folder / pipeline.first_stage)
+        scale = stage.scale if pipeline.is_scaled else 1.0
+        parts["codec"] = scheduler.part(codecs.FirstStage, network=stage.network, scale=scale)
+        first_stage = stage.state
+    if pipeline.conditioner is not None:
+        conditioned = pipeline.conditioner(folder, network.network["init_args"])
+        parts["conditioner"] = conditioned.part
+    return Folder(
+        DIFFUSION,
+        parts,
+        network.state,
+        weights,
+        network.source,
+        first_stage,
+        conditioner=conditioned.state,
+        ignored=index.ignored,
+    )
 
 
 def read_network(place: Path) -> Stored:
@@ -150,9 +168,14 @@ def choose_place(folder: Path, weights: str | None) -> tuple[Path, str | None]:
     return next(iter(found.values()), folder), None
 
 
-def read_scheduler(folder: Path) -> Mapping[str, Any]:
-    """Process, parameterization and sampler of a folder's scheduler; empty if it has none."""
+def read_scheduler(folder: Path, changes: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """Process, parameterization and sampler of a folder's scheduler; empty if it has none.
+
+    Args:
+        folder: Holds it.
+        changes: Laid over its configuration.
+    """
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
-            return scheduler.arguments(read_json(path))
+            return scheduler.arguments({**read_json(path), **(changes or {})})
     return {}

@@ -57,7 +57,7 @@ def write_diffusers(model: DiffusionModule, folder: Path) -> None:
     parts = {"unet": config["_class_name"]}
     if isinstance(model.codec, FirstStage):
         stage, scale = scaled_autoencoder(model.codec)
-        schedule = ddim_configuration(schedule)
+        schedule = scheduler.ddim_configuration(schedule, model.sampler.grid)
         write_autoencoder(stage, folder / "vqvae", scale)
         parts["vqvae"] = autoencoders.configuration(stage, scale)["_class_name"]
     parts["scheduler"] = schedule["_class_name"]
@@ -84,14 +84,6 @@ def inputs(network: nn.Module) -> list[str]:
         "further channels of the sample": getattr(network, "concat_channels", None),
     }
     return [name for name, number in given.items() if number]
-
-
-def ddim_configuration(schedule: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a `DDIMScheduler` of that of a `DDPMScheduler`; ValueError for a learned variance."""
-    if schedule["variance_type"] == "learned_range":
-        raise ValueError("diffusers has no pipeline over latents with a learned variance; use --to safetensors")
-    rest = {key: value for key, value in schedule.items() if key != "variance_type"}
-    return {**rest, "_class_name": scheduler.DDIM_CLASS, "set_alpha_to_one": True}
 
 
 def scaled_autoencoder(codec: FirstStage) -> tuple[Autoencoder, float]:

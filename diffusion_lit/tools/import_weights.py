@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as L
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from diffusion_lit.checkpoint import AVERAGED, RAW, WholeFiles
 from diffusion_lit.codecs import FirstStage
 from diffusion_lit.codecs.files import fingerprint_of
+from diffusion_lit.conditioners import Text
 from diffusion_lit.configuration import Merge, build
 from diffusion_lit.data import Folder, ImageData
 from diffusion_lit.module import DiffusionModule
@@ -50,6 +53,7 @@ class Imported(NamedTuple):
         source: The file that the weights are from.
         weights: Which of two sets of weights in the source they are; None: there is one.
         scale: Factor from an autoencoder's latents to those that are diffused, where its source says it.
+        ignored: What the source holds besides and has no equal here.
     """
 
     model: System
@@ -57,6 +61,7 @@ class Imported(NamedTuple):
     source: Path
     weights: str | None
     scale: float | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def read_recipes(
@@ -124,7 +129,10 @@ def load(model: System, parts: Mapping[nn.Module, Mapping[str, Tensor]], source:
     others = [
         name
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if id(tensor) not in given and not name.startswith(OPTIONAL)
+        if id(tensor) not in given
+        and not name.startswith(OPTIONAL)
+        # Of a vocabulary, which is made anew at every call and has no shape of its own.
+        and not name.endswith(_EXTRA_STATE_KEY_SUFFIX)
     ]
     if others:
         raise ValueError(f"{type(model).__name__} has tensors that {source} has not: {listed(others)}")
@@ -186,8 +194,23 @@ def published_parts(
     parts = {network: tensors}
     weights_of_conditioner = dict(model.conditioner.named_parameters())
     if weights_of_conditioner:
-        parts[model.conditioner] = compvis.conditioner(state, weights_of_conditioner)
+        vocabularies = compvis.part(state, compvis.VOCABULARY)
+        if not vocabularies:
+            read_vocabularies(model.conditioner, source)
+        parts[model.conditioner] = {**compvis.conditioner(state, weights_of_conditioner), **vocabularies}
     return parts, chosen
+
+
+def read_vocabularies(conditioner: nn.Module, source: Path) -> None:
+    """Has tokenizers read the files that a recipe gives; ValueError if it gives none for one without a vocabulary."""
+    for text in (module for module in conditioner.modules() if isinstance(module, Text)):
+        tokenizer = text.tokenizer
+        if not tokenizer.ready and tokenizer.learns:
+            raise ValueError(
+                f"{source} does not hold the vocabulary of its texts; set model.conditioner.tokenizer.file to BERT's "
+                "vocab.txt in a recipe of your own"
+            )
+        text.start(None, torch.device("cpu"))
 
 
 def default_data(channels: int, size: int) -> dict[str, Any]:
@@ -214,8 +237,12 @@ def import_folder(
     model, filled = make({"class_path": found.model, **given, "init_args": arguments}, trust, str(folder))
     if found.first_stage is not None:
         fill_first_stage(model, found.first_stage, found.source)
-    load(model, {network_of(model): found.state}, found.source)
-    return imported(model, filled, recipe, found.source, found.weights)._replace(scale=found.scale)
+    states: dict[nn.Module, Mapping[str, Tensor]] = {network_of(model): found.state}
+    if found.conditioner:
+        states[cast(DiffusionModule, model).conditioner] = found.conditioner
+    load(model, states, found.source)
+    result = imported(model, filled, recipe, found.source, found.weights)
+    return result._replace(scale=found.scale, ignored=found.ignored)
 
 
 def imported(
@@ -296,6 +323,8 @@ def report(imported: Imported, source: Path, out: Path) -> str:
         line += f", {imported.weights} weights of {imported.source}; --weights {other} chooses the others"
     if imported.scale is not None:
         line += f"; for diffusion in its latents set codec.scale to {imported.scale}"
+    if imported.ignored:
+        line += f"; not imported: {', '.join(imported.ignored)}"
     beside = source.parent / PLACES[AVERAGED]
     if source.name == PLACES[RAW] and beside.is_dir():
         line += f"; averaged weights lie beside it, in {beside}"

@@ -15,6 +15,7 @@ from diffusion_lit.diffusion import (
     Eps,
     FixedLarge,
     FixedSmall,
+    Leading,
     LearnedRange,
     Linear,
     Parameterization,
@@ -26,6 +27,7 @@ from diffusion_lit.diffusion import (
     Uniform,
     V,
 )
+from diffusion_lit.diffusion.grid import Grid
 from diffusion_lit.diffusion.schedule import Schedule
 from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.tools.unet2d import out_channels
@@ -34,7 +36,8 @@ DDPM_CLASS, DDIM_CLASS = "DDPMScheduler", "DDIMScheduler"
 COSINE = "squaredcos_cap_v2"
 SCHEDULES = {"linear": Linear, "scaled_linear": ScaledLinear}
 PREDICTIONS = {"epsilon": Eps, "sample": X0, "v_prediction": V}
-SPACINGS = {"leading": Uniform, "trailing": Trailing, "linspace": Spanning}
+LEADING = "leading"
+SPACINGS = {LEADING: Uniform, "trailing": Trailing, "linspace": Spanning}
 VARIANCES = {
     "fixed_small": FixedSmall,
     "fixed_small_log": FixedSmall,
@@ -46,14 +49,12 @@ FIXED: dict[str, tuple[object, ...]] = {
     "trained_betas": (None,),
     "thresholding": (False, None),
     "rescale_betas_zero_snr": (False, None),
-    "steps_offset": (0, None),
-    "set_alpha_to_one": (True,),
 }
 """By key, the values with which a scheduler has an equal here; the first is that of a missing key."""
 
 READ = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample", "clip_sample_range",
-    "prediction_type", "timestep_spacing", "variance_type",
+    "prediction_type", "timestep_spacing", "variance_type", "steps_offset", "set_alpha_to_one",
 )  # fmt: skip
 UNUSED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
 
@@ -120,11 +121,50 @@ def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def sampler_of(config: Mapping[str, Any], num_steps: int, clip: bool) -> dict[str, Any]:
     """The configuration of a scheduler's sampler; all steps for DDPM, 50 for DDIM, as diffusers' pipelines do."""
-    grid = part(choose("timestep_spacing", config.get("timestep_spacing", "leading"), SPACINGS))
+    grid = grid_of(config)
     if config["_class_name"] == DDIM_CLASS:
         return part(DDIM, steps=min(50, num_steps), grid=grid, clip=clip)
     variance = choose("variance_type", config.get("variance_type", "fixed_small"), VARIANCES)
     return part(Ancestral, steps=None, variance=part(variance), grid=grid, clip=clip)
+
+
+def grid_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the grid of a scheduler's sampler.
+
+    Raises:
+        ValueError: If it has no equal here.
+    """
+    spacing = config.get("timestep_spacing", LEADING)
+    # Of a DDPMScheduler the last step always leads to clean data.
+    clean = config["_class_name"] != DDIM_CLASS or config.get("set_alpha_to_one", True)
+    if spacing != LEADING:
+        grid = part(choose("timestep_spacing", spacing, SPACINGS))
+        if not clean:
+            raise ValueError(f"set_alpha_to_one=False has no equal here with timestep_spacing={spacing!r}")
+        return grid
+    offset = config.get("steps_offset", 0) or 0
+    if type(offset) is not int or offset < 0 or type(clean) is not bool:
+        raise ValueError(
+            f"steps_offset={offset!r} must be a whole number, at least 0, and set_alpha_to_one={clean!r} true or false"
+        )
+    return part(Leading, offset=offset, clean=clean) if offset or not clean else part(Uniform)
+
+
+def grid_configuration(grid: Grid) -> dict[str, Any]:
+    """What a scheduler_config.json says of a grid; one that diffusers lacks becomes "leading"."""
+    spacings: dict[type[Grid], str] = {cls: name for name, cls in SPACINGS.items()}
+    return {
+        "timestep_spacing": spacings.get(type(grid), LEADING),
+        "steps_offset": grid.offset if isinstance(grid, Leading) else 0,
+    }
+
+
+def ddim_configuration(config: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """The configuration of a `DDIMScheduler` of that of a `DDPMScheduler`; ValueError for a learned variance."""
+    if config["variance_type"] == "learned_range":
+        raise ValueError("diffusers has no pipeline over latents with a learned variance; use --to safetensors")
+    rest = {key: value for key, value in config.items() if key != "variance_type"}
+    return {**rest, "_class_name": DDIM_CLASS, "set_alpha_to_one": not isinstance(grid, Leading) or grid.clean}
 
 
 def configuration(
@@ -156,7 +196,6 @@ def configuration(
             f"diffusers has no process.network_steps={process.network_steps}: its networks get the index among "
             f"{process.num_steps} steps"
         )
-    spacings = {cls: name for name, cls in SPACINGS.items()}
     return {
         "_class_name": DDPM_CLASS,
         "num_train_timesteps": process.num_steps,
@@ -165,8 +204,7 @@ def configuration(
         "variance_type": variance_type(sampler, network),
         "clip_sample": sampler.clip,
         "clip_sample_range": 1.0,
-        "timestep_spacing": spacings.get(type(sampler.grid), "leading"),
-        "steps_offset": 0,
+        **grid_configuration(sampler.grid),
         "thresholding": False,
         "rescale_betas_zero_snr": False,
     }

@@ -1,0 +1,249 @@
+"""Pipelines of diffusers that are told what to show: they draw the same images here, from the same noise."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as low_resolutions
+from torch import Tensor
+
+from diffusion_lit.checkpoint import load_model
+from diffusion_lit.conditioners import CLIPText, Joint, LowResolution, MaskedImage, Text
+from diffusion_lit.diffusion import DDIM, ClassifierFree
+from diffusion_lit.module import DiffusionModule
+from diffusion_lit.text import encode_text
+from tests.tools import diffusers_pipelines as made
+from tests.tools.diffusers_models import imported, seeded
+
+STEPS = 5
+PROMPTS = ["the seven", "a 7 " * 60]
+"""The second is longer than 77 tokens."""
+TOLERANCE = 1e-4
+agree = partial(torch.testing.assert_close, rtol=1e-5, atol=TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def noise(model: DiffusionModule) -> Tensor:
+    return model.noise([3, 4], 7).draw()
+
+
+def here(model: DiffusionModule, condition: dict[str, Tensor], scale: float | None = None) -> Tensor:
+    """Images in [0, 1], (2, C, H, W)."""
+    assert isinstance(model.sampler, DDIM)
+    model.sampler.steps = STEPS
+    if scale is not None:
+        assert isinstance(model.guidance, ClassifierFree)
+        model.guidance.scale = scale - 1
+    return (model.sample([3, 4], 7, condition=condition) / 2 + 0.5).clamp(0, 1)
+
+
+def there(folder: Path, **asked: Any) -> Tensor:
+    """Images of the pipeline in a folder, likewise."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images: Tensor = pipeline(num_inference_steps=STEPS, output_type="pt", **asked).images
+    assert images.std() > 0.05
+    return images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warnings_of_cut_texts() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusion_lit.conditioners.text.Prompts.warn", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of each kind one pipeline, saved once."""
+    place = tmp_path_factory.mktemp("pipelines")
+
+    def folder(kind: str) -> Path:
+        if not (place / kind).exists():
+            made.saved(getattr(made, kind)(), place / kind)
+        return place / kind / "pipeline"
+
+    return folder
+
+
+Folders = Callable[[str], Path]
+
+
+def model_of(folder: Path) -> Any:
+    """What is imported, read from its checkpoint."""
+    checkpoint = folder.parent / "pipeline.ckpt"
+    return load_model(checkpoint, DiffusionModule) if checkpoint.exists() else imported(folder)
+
+
+def test_texts_of_latent_diffusion(folders: Folders) -> None:
+    model = model_of(folders("text_to_image"))
+    assert isinstance(model.conditioner, Text)
+    asked = {"prompt": PROMPTS, "latents": noise(model), "height": 64, "width": 64}
+    # A scale of 1, that of the pipeline by default, is unguided in both.
+    assert model.guidance.scale == 0
+    given = {"caption": encode_text(PROMPTS)}
+    plain = here(model, given)
+    agree(plain, there(folders("text_to_image"), **asked))
+    guided = here(model, given, 4.0)
+    expected = there(folders("text_to_image"), guidance_scale=4.0, **asked)
+    agree(guided, expected)
+    assert (guided - plain).abs().max() > 0.01
+    # The text matters, and what was beyond 77 tokens does not.
+    other = here(model, {"caption": encode_text(["x y z " * 20, "a 7 " * 50])}, 4.0)
+    assert (other[0] - guided[0]).abs().max() > 0.01
+    agree(other[1], guided[1])
+
+
+def test_texts_of_stable_diffusion(folders: Folders) -> None:
+    folder = folders("stable_diffusion")
+    model = model_of(folder)
+    assert isinstance(model.conditioner, CLIPText)
+    assert model.guidance.scale == 6.5
+    assert (model.sampler.grid.offset, model.sampler.grid.clean) == (1, False)
+    given = {"caption": encode_text(PROMPTS)}
+    asked = {"prompt": PROMPTS, "latents": noise(model)}
+    agree(here(model, given), there(folder, **asked))
+    agree(here(model, given, 1.0), there(folder, guidance_scale=1.0, **asked))
+
+
+def holes() -> tuple[Tensor, Tensor]:
+    """Two images in [0, 1], and where they are known."""
+    known = torch.ones(2, 1, 16, 16)
+    known[0, :, 3:11, 2:9] = 0
+    known[1, :, :, 7:] = 0
+    return torch.rand(2, 3, 16, 16, generator=seeded(4)), known
+
+
+def test_inpainting_of_stable_diffusion(folders: Folders) -> None:
+    """In holes; elsewhere images here are what was given, and the pipeline's what the network makes of it."""
+    folder = folders("inpainting")
+    model = model_of(folder)
+    assert isinstance(model.conditioner, Joint)
+    assert [type(part) for part in model.conditioner.conditioners] == [CLIPText, MaskedImage]
+    image, known = holes()
+    given = {"caption": encode_text(PROMPTS), "image": 2 * image - 1, "mask": known}
+    found = here(model, given)
+    expected = there(folder, prompt=PROMPTS, image=image, mask_image=1 - known, latents=noise(model))
+    hole = (known == 0).expand_as(image)
+    agree(found[hole], expected[hole])
+    agree(found[~hole], image[~hole])
+    # Guidance leaves the masked image as it is: the pipeline repeats it for the empty text.
+    assert model.conditioner.null({"context": torch.ones(1, 77, 16), "concat": torch.ones(1, 5, 8, 8)})["concat"].all()
+
+
+def test_super_resolution(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline decodes latents without the factor in the configuration of its autoencoder."""
+    folder = folders("super_resolution")
+    model = model_of(folder)
+    assert isinstance(model.conditioner, LowResolution)
+    assert model.codec.scale.tolist() == [1.0] * 3
+    low = torch.rand(2, 3, 8, 8, generator=seeded(4)) * 2 - 1
+    monkeypatch.setattr(low_resolutions, "randn_tensor", lambda *_, **__: noise(model))
+    agree(here(model, {"low_res": low}), there(folder, image=low))
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "changes", "words"),
+    [
+        (
+            "text_to_image",
+            "model_index.json",
+            {"_class_name": "KandinskyPipeline"},
+            ["is a KandinskyPipeline; only DDPM"],
+        ),
+        (
+            "text_to_image",
+            "model_index.json",
+            {"bert": ["transformers", "T5EncoderModel"]},
+            ["bert is a T5EncoderModel"],
+        ),
+        ("stable_diffusion", "model_index.json", {"text_encoder": [None, None]}, ["text_encoder is a None; only CLIP"]),
+        ("text_to_image", "bert/config.json", {"activation_function": "relu"}, ["activation_function='relu'"]),
+        ("text_to_image", "bert/config.json", {"encoder_ffn_dim": 32}, ["encoder_ffn_dim=32 where ours has 64"]),
+        ("text_to_image", "bert/config.json", {"max_position_embeddings": 76}, ["max_position_embeddings=76"]),
+        ("text_to_image", "bert/config.json", {"model_type": "bert"}, ["model_type='bert'", "LDMBertModel"]),
+        ("text_to_image", "bert/config.json", {"encoder_layers": 3}, ["missing: model.layers.2.self_attn"]),
+        ("text_to_image", "tokenizer/tokenizer_config.json", {"cls_token": "<s>"}, ["'cls_token': '<s>'"]),
+        ("text_to_image", "tokenizer/tokenizer.json", {"model": {"type": "BPE"}}, ["is a BPE tokenizer"]),
+        ("text_to_image", "unet/config.json", {"class_embed_type": "timestep"}, ["class_embed_type='timestep'"]),
+        (
+            "text_to_image",
+            "unet/config.json",
+            {"addition_embed_type": "text_time"},
+            ["addition_embed_type='text_time'"],
+        ),
+        ("text_to_image", "unet/config.json", {"time_cond_proj_dim": 8}, ["time_cond_proj_dim=8"]),
+        ("text_to_image", "scheduler/scheduler_config.json", {"clip_sample": True}, ["latents have no bounds"]),
+        ("text_to_image", "scheduler/scheduler_config.json", {"trained_betas": [0.1]}, ["trained_betas=[0.1]"]),
+        ("text_to_image", "scheduler/scheduler_config.json", {"steps_offset": -1}, ["steps_offset=-1"]),
+        (
+            "text_to_image",
+            "scheduler/scheduler_config.json",
+            {"set_alpha_to_one": False, "timestep_spacing": "trailing"},
+            ["set_alpha_to_one=False", "'trailing'"],
+        ),
+        ("stable_diffusion", "vae/config.json", {"shift_factor": 0.1}, ["shift_factor=0.1"]),
+        ("stable_diffusion", "text_encoder/config.json", {"use_attention_mask": True}, ["use_attention_mask"]),
+        ("stable_diffusion", "text_encoder/config.json", {"num_hidden_layers": 3}, ["of its weights are missing"]),
+        ("stable_diffusion", "tokenizer/tokenizer_config.json", {"model_max_length": 20}, ["makes 20 tokens", "77"]),
+        ("stable_diffusion", "model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, ["in_channels=4"]),
+    ],
+)
+def test_a_pipeline_without_an_equal_is_refused_in_one_line(
+    kind: str, file: str, changes: dict[str, Any], words: list[str], folders: Folders, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders(kind), tmp_path / "copy")
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        imported(folder)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "words"),
+    [
+        ("text_to_image", "bert", r"bert has no model\.safetensors or pytorch_model\.bin"),
+        ("text_to_image", "tokenizer", r"tokenizer has no tokenizer\.json or vocab\.txt"),
+        ("text_to_image", "vqvae", r"vqvae has no diffusion_pytorch_model\.safetensors"),
+        ("text_to_image", "scheduler", r"pipeline has no scheduler|copy has no scheduler"),
+        ("stable_diffusion", "text_encoder", r"text_encoder.*is missing; give a folder"),
+        ("stable_diffusion", "tokenizer", r"tokenizer.*is missing; give a folder"),
+        ("super_resolution", "unet", r"copy has no diffusion_pytorch_model\.safetensors"),
+    ],
+)
+def test_a_missing_sub_folder_is_named(kind: str, missing: str, words: str, folders: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders(kind), tmp_path / "copy")
+    shutil.rmtree(folder / missing)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        imported(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["text_to_image", "stable_diffusion", "inpainting", "super_resolution"])
+def test_the_image_depends_on_each_condition(kind: str, folders: Folders) -> None:
+    """Which comparisons with the pipeline would not show if it did not."""
+    model = model_of(folders(kind))
+    image, known = holes()
+    given = {"caption": encode_text(PROMPTS), "image": 2 * image - 1, "mask": known}
+    given["low_res"] = torch.rand(2, 3, 8, 8, generator=seeded(5)) * 2 - 1
+    changed = {"caption": encode_text(["x y z " * 20, "1 2 3 " * 20]), "image": 1 - 2 * image, "mask": known.flip(0)}
+    changed["low_res"] = -given["low_res"]
+    first = here(model, {name: given[name] for name in model.entries})
+    for name in model.entries:
+        second = here(model, {**{name: given[name] for name in model.entries}, name: changed[name]})
+        # Here both masks have a hole.
+        assert (second - first)[:, :, 3:11, 7:9].abs().max() > 10 * TOLERANCE, name
