@@ -85,10 +85,19 @@ def is_of_another_process(error: BaseException) -> bool:
 def innermost(error: BaseException) -> BaseException:
     """The error that another one hides: the parser wraps what a part raises, Lightning fails to close a loader."""
     while is_raised_in(error, _WRAPPERS) and is_hidden(error.__cause__ or error.__context__):
-        if (found := _OF_A_PART.search(str(error))) is not None:
-            return ValueError(" ".join(found[1].split()))
+        if (found := of_a_part(str(error))) is not None:
+            return ValueError(" ".join(found.split()))
         error = cast(BaseException, error.__cause__ or error.__context__)
     return error
+
+
+def of_a_part(text: str) -> str | None:
+    """What the parser's message says of a part, however deep that is inside of others; None: nothing."""
+    found = None
+    while (match := _OF_A_PART.search(text)) is not None:
+        found = match[1]
+        text = re.sub(r"^ {4}", "", found, flags=re.M)
+    return found
 
 
 def is_hidden(error: BaseException | None) -> bool:

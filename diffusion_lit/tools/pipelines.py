@@ -137,4 +137,8 @@ def read_index(folder: Path) -> Index | None:
         kind = str(kinds.get(component)).removesuffix("Fast")
         if classes and kind not in classes:
             raise ValueError(f"{path}: {component} is a {kinds.get(component)}; only {' and '.join(classes)} are read")
+    for component in pipeline.components:
+        # Old repositories have all files at the top.
+        if not (folder / component).is_dir() and component not in ("unet", "scheduler"):
+            raise FileNotFoundError(f"{path} lists {component}, and there is no folder {folder / component}")
     return Index(pipeline, tuple(sorted(kinds.keys() - pipeline.components.keys())))
