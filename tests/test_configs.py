@@ -117,6 +117,25 @@ def test_a_paper_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch:
     torch.testing.assert_close(alpha**2, torch.stack([1 - betas[0], (1 - betas).prod()]), rtol=1e-12, atol=0)
 
 
+def test_the_anomaly_recipe_is_that_of_its_authors_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Julian-Wyatt/AnoDDPM: args28.json, and the defaults of UNet.py and GaussianDiffusion.py.
+    made = instantiate("anoddpm", monkeypatch)
+    model, data, trainer = made.model, made.datamodule, cast(Trainer, made.trainer)
+    # Counted by hand from the layers of UNet.py; with attention at 16 and 8 alone there would be 130,331,393.
+    assert sum(p.numel() for p in model.parameters()) == 131_649_793
+    assert (data.batch_size, data.flip, trainer.max_steps, trainer.clip_norm) == (1, False, 300_000, 1.0)
+    optimizer = model.make_optimizer([nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-4, 0.0)
+    assert model.make_lr_scheduler is None
+    assert model.time_of(800) == 0.8
+    with pytest.raises(ValueError, match="trained up to step 800"):
+        model.time_of(801)
+    field = model.noise_source
+    assert (field.octaves, field.persistence, field.wavelength) == (6, 0.8, 64)
+    assert type(model.sampler.variance) is FixedLarge
+
+
 # Rombach et al. 2022, table 8, and the code's configurations: parameters, batch, steps, start of the discriminator, its
 # weight and layers.
 PAPER_AUTOENCODERS = {

@@ -1,7 +1,7 @@
 """Scikit-learn's digits as parts of a production, with defects made by rule: for trying out anomaly detection."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -60,29 +60,41 @@ def changed(before: Image, after: Image) -> Image:
 
 RULES: dict[str, Defect] = {"scratch": scratch, "spot": spot, "gap": gap}
 WRONG = "wrong_class"
+JUDGED = ("test", "validation")
 
 
 class DefectDigits(Source):
-    """Digits of some classes as good parts, and test images with scratches, spots and gaps.
+    """Digits of some classes as good parts, and others with scratches, spots and gaps that are to be found.
 
-    Of the digits of these classes, seven tenths are for training. Of the others a quarter is good, and each further
-    quarter has one kind of defect, with an exact mask. Digits of other classes, as many as of one defect, are defects
-    without a mask: all of the image is wrong.
+    Of the digits of these classes, six tenths are for training, two for validation and two for the test. Of the
+    validation and the test images a quarter each is good, and each further quarter has one kind of defect, with an exact
+    mask. Digits of other classes, as many as of one defect, are defects without a mask: all of the image is wrong.
+    No image is in two of the three sets.
 
     Args:
         classes: The classes that are good parts; null: all of them, and there is no wrong class.
+        judged: Which images `test` judges: the "test" images, or those of the "validation", by which settings are
+            chosen.
         seed: Decides which images are for training, and where the defects are.
 
     Raises:
-        ValueError: If there is no class, or one is not in 0 .. 9.
+        ValueError: If there is no class, or one is not in 0 .. 9, or there is no such set.
     """
 
     flips = False
 
-    def __init__(self, classes: Sequence[int] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        classes: Sequence[int] | None = None,
+        judged: Literal["test", "validation"] = "test",
+        seed: int = 0,
+    ) -> None:
         if classes is not None and (not classes or not set(classes) <= set(range(10))):
             raise ValueError(f"source.classes={list(classes)} must be some of 0 .. 9; set --data.source.classes")
+        if judged not in JUDGED:
+            raise ValueError(f"source.judged={judged!r} is neither 'test' nor 'validation'")
         self.classes = classes
+        self.judged = judged
         self.seed = seed
 
     @property
@@ -98,13 +110,15 @@ class DefectDigits(Source):
         wanted = torch.tensor(list(range(10)) if self.classes is None else list(self.classes))
         good = order[torch.isin(labels[order], wanted)]
         others = order[~torch.isin(labels[order], wanted)]
-        num_training = len(good) * 7 // 10
+        first, second = len(good) * 6 // 10, len(good) * 8 // 10
         if split == "train":
-            return InMemoryImages("good digits (train)", digits.images[good[:num_training]])
-        return self._test(digits.images, good[num_training:], others)
+            return InMemoryImages("good digits (train)", digits.images[good[:first]])
+        chosen = good[second:] if self.judged == "test" else good[first:second]
+        half = len(others) // 2
+        return self._with_defects(digits.images, chosen, others[half:] if self.judged == "test" else others[:half])
 
-    def _test(self, images: Tensor, good: Tensor, others: Tensor) -> "DefectDigitsTest":
-        random = np.random.default_rng(self.seed)
+    def _with_defects(self, images: Tensor, good: Tensor, others: Tensor) -> "DefectDigitsTest":
+        random = np.random.default_rng([self.seed, JUDGED.index(self.judged)])
         names = [GOOD, *RULES]
         defects, tests, masks = [], [], []
         for number, index in enumerate(good.tolist()):
@@ -120,20 +134,21 @@ class DefectDigits(Source):
             defects.append(WRONG)
             tests.append(images[index])
             masks.append(torch.zeros(1, 8, 8, dtype=torch.bool))
-        return DefectDigitsTest(torch.stack(tests), torch.stack(masks), defects)
+        return DefectDigitsTest(f"digits with defects ({self.judged})", torch.stack(tests), torch.stack(masks), defects)
 
 
 class DefectDigitsTest(InMemoryImages, DefectImages):
-    """Test images of `DefectDigits`.
+    """Images of `DefectDigits` that are judged.
 
     Args:
+        name: Of the set.
         images: uint8, (N, 1, 8, 8).
         masks: bool, (N, 1, 8, 8).
         defects: Class of each image.
     """
 
-    def __init__(self, images: Tensor, masks: Tensor, defects: Sequence[str]) -> None:
-        super().__init__("digits with defects (test)", images)
+    def __init__(self, name: str, images: Tensor, masks: Tensor, defects: Sequence[str]) -> None:
+        super().__init__(name, images)
         self.masks = masks
         self.defects = list(defects)
         self.names = [f"{defect}/{index:03d}" for index, defect in enumerate(defects)]

@@ -1,6 +1,7 @@
 """Good and defective images with masks: MVTec AD's layout, and digits with defects made by rule."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -124,8 +125,8 @@ def test_the_fingerprint_follows_the_masks(parts: Path) -> None:
     assert before != opened(parts).fingerprint()
 
 
-def defective(classes: list[int] | None = None) -> DefectDigitsTest:
-    images = DefectDigits(classes).load("test")
+def defective(classes: list[int] | None = None, judged: Literal["test", "validation"] = "test") -> DefectDigitsTest:
+    images = DefectDigits(classes, judged).load("test")
     assert isinstance(images, DefectDigitsTest)
     return images
 
@@ -135,13 +136,34 @@ def test_defects_of_digits_lie_where_their_masks_are() -> None:
     assert train is not None
     seen = {image.numpy().tobytes() for image in train.batch(range(len(train)))["image"]}
     unseen = torch.stack([image for image in source_digits() if image.numpy().tobytes() not in seen]).int()
-    assert [test.defects.count(defect) for defect in ("good", "scratch", "spot", "gap")] == [135] * 4
+    assert [test.defects.count(defect) for defect in ("good", "scratch", "spot", "gap")] == [90] * 4
     for index in range(0, len(test), 30):
         image, mask = test.images[index].int(), test.mask(index)
         different = (unseen - image).abs() >= STRONG
         # One of the digits that training does not see agrees outside of the mask and differs everywhere inside.
         assert (different == mask).flatten(1).all(1).any()
         assert bool(mask.any()) == (test.defects[index] != "good")
+
+
+@pytest.mark.parametrize("classes", [None, [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+def test_images_that_settings_are_chosen_by_are_neither_trained_on_nor_in_the_test(classes: list[int] | None) -> None:
+    train = DefectDigits(classes).load("train")
+    assert train is not None
+    test, validation = defective(classes), defective(classes, "validation")
+    assert (test.name, validation.name) == ("digits with defects (test)", "digits with defects (validation)")
+    assert test.fingerprint() != validation.fingerprint()
+    sets = [list(train.batch(range(len(train)))["image"]), *(untouched(images) for images in (test, validation))]
+    used = [image.numpy().tobytes() for images in sets for image in images]
+    # Good images and those of other classes are as they were; no two digits are equal.
+    assert len(set(used)) == len(used) > 1200
+    flawed = [images.images[images.defects.index("spot")] for images in (test, validation)]
+    assert not torch.equal(*flawed)
+    with pytest.raises(ValueError, match="judged='train' is neither 'test' nor 'validation'"):
+        DefectDigits(judged="train")  # type: ignore[arg-type]
+
+
+def untouched(images: DefectDigitsTest) -> list[torch.Tensor]:
+    return [images.images[i] for i, d in enumerate(images.defects) if d in ("good", "wrong_class")]
 
 
 def source_digits() -> torch.Tensor:
@@ -153,7 +175,8 @@ def source_digits() -> torch.Tensor:
 def test_digits_of_other_classes_are_a_defect_without_a_mask() -> None:
     test = defective([3])
     wrong = [defect == "wrong_class" for defect in test.defects]
-    assert sum(wrong) > 10
+    # Of 183 threes 37 are in the test, and a quarter of these have one defect.
+    assert sum(wrong) == 9
     assert test.masked.tolist() == [not is_wrong for is_wrong in wrong]
     with pytest.raises(ValueError, match=r"must be some of 0 .. 9"):
         DefectDigits([11])
