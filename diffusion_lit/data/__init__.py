@@ -13,6 +13,7 @@ from diffusion_lit.data.lsun import LSUN
 from diffusion_lit.data.masks import CentreHole, LaMaMasks, MaskFiles, Masks
 from diffusion_lit.data.module import ImageData
 from diffusion_lit.data.mvtec import DefectImages, MVTec
+from diffusion_lit.data.one_class import OneClass
 from diffusion_lit.data.prepared import Prepared
 from diffusion_lit.data.source import Source
 from diffusion_lit.data.webdataset import WebDataset
@@ -45,6 +46,7 @@ __all__ = [
     "MaskFiles",
     "Masks",
     "Metadata",
+    "OneClass",
     "Prepared",
     "Source",
     "Split",

@@ -118,7 +118,7 @@ class MVTec(Source):
 
 
 class MVTecTest(FolderImages, DefectImages):
-    """The test images, decoded when they are read.
+    """Test images in a folder for each class, decoded when they are read.
 
     Args:
         folder: The folder test.
@@ -126,14 +126,22 @@ class MVTecTest(FolderImages, DefectImages):
         masks: File of the mask of each image; None: it is good, or its mask is not known.
         image_size: Height and width to crop and resize to, in pixels.
         channels: 1 or 3.
+        good: Name of the sub-folder of the good images.
     """
 
     def __init__(
-        self, folder: Path, files: Sequence[str], masks: Sequence[Path | None], image_size: int, channels: int
+        self,
+        folder: Path,
+        files: Sequence[str],
+        masks: Sequence[Path | None],
+        image_size: int,
+        channels: int,
+        good: str = GOOD,
     ) -> None:
         super().__init__(f"{folder} (test)", folder, files, [], image_size, channels)
         self.names = list(files)
-        self.defects = [file.split("/")[0] for file in files]
+        folders = [file.split("/")[0] for file in files]
+        self.defects = [GOOD if name == good else name for name in folders]
         self.masks = masks
         known = [defect == GOOD or mask is not None for defect, mask in zip(self.defects, masks, strict=True)]
         self.masked = torch.tensor(known)
