@@ -66,10 +66,10 @@ JUDGED = ("test", "validation")
 class DefectDigits(Source):
     """Digits of some classes as good parts, and others with scratches, spots and gaps that are to be found.
 
-    Of the digits of these classes, six tenths are for training, two for validation and two for the test. Of the
-    validation and the test images a quarter each is good, and each further quarter has one kind of defect, with an exact
-    mask. Digits of other classes, as many as of one defect, are defects without a mask: all of the image is wrong.
-    No image is in two of the three sets.
+    Of the digits of these classes, six tenths are for training, two for validation and two for the test. Of the last two
+    a quarter each is good, and each further quarter has one kind of defect, with an exact mask. Digits of other
+    classes, as many as of one defect, are defects without a mask: all of the image is wrong. No image is in two of the
+    three sets.
 
     Args:
         classes: The classes that are good parts; null: all of them, and there is no wrong class.

@@ -50,8 +50,10 @@ class MVTec(Source):
     """Images in the layout of MVTec AD: train/good, test/good, test/<defect>, ground_truth/<defect>/<name>_mask.png.
 
     Training sees train/good alone. There are no validation images, unless there is validation/good as in MVTec AD 2. A
-    defect without a folder of masks is scored by image alone. Masks are white where the defect is, any value above 0,
-    and are cropped and resized as their images are. The frames of a video go into folders likewise, named in order.
+    defect without a folder of masks is scored by image alone. Masks are white where the defect is, any value above 0 in
+    any channel, and are cropped and resized as their images are; what is covered by half counts, and of a thin scratch
+    what is covered by half as much as the most covered pixel. The frames of a video go into folders likewise, named in
+    order.
 
     Args:
         root: Folder of one category.
@@ -155,16 +157,23 @@ class MVTecTest(FolderImages, DefectImages):
             return torch.zeros(1, self.image_size, self.image_size, dtype=torch.bool)
         try:
             with Image.open(path) as image:
-                white = Image.fromarray((np.asarray(image.convert("L")) > 0).astype(np.uint8) * 255)
-                small = square(upright(white, image), self.image_size)
+                white = Image.fromarray(not_black(image).astype(np.uint8) * 255)
+                small = np.asarray(square(upright(white, image), self.image_size))
         except OSError as error:
             raise CorruptImage(f"{path}: {error}", index) from error
-        return torch.from_numpy(np.asarray(small) >= 128)[None]
+        # Half of the most that any pixel is covered by, so that scratches thinner than half a pixel are not lost.
+        return torch.from_numpy(small >= max(1, (int(small.max()) + 1) // 2))[None]
 
     def fingerprint(self) -> str:
         """That of the images, with the size and time of every mask."""
         files = [mask.stat() for mask in self.masks if mask is not None]
         return f"{super().fingerprint()} {[(file.st_size, file.st_mtime_ns) for file in files]}"
+
+
+def not_black(mask: Image.Image) -> np.ndarray:
+    """Where a mask of any colour mode has a value above 0 in any channel but the opacity, bool (H, W)."""
+    pixels = np.asarray(mask if mask.mode in ("1", "L", "I", "I;16", "I;16B", "F") else mask.convert("RGB"))
+    return pixels > 0 if pixels.ndim == 2 else (pixels > 0).any(-1)
 
 
 def in_order(file: str) -> list[tuple[int, str]]:

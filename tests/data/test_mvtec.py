@@ -71,6 +71,37 @@ def test_a_mask_may_be_white_by_any_value_and_is_cropped_as_its_image_is(parts: 
     assert image_and_mask.mask(1)[0, 5].tolist() == [False] * 8 + [True] * 8
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("white", [1, 255])
+def test_a_mask_may_have_any_colour_mode_and_any_value_above_0(parts: Path, mode: str, white: int) -> None:
+    pixels = np.zeros((16, 16), dtype=np.uint8)
+    pixels[:, 8:] = white
+    if mode == "RGB":
+        mask = Image.fromarray(np.stack([0 * pixels, 0 * pixels, pixels], -1))
+    elif mode == "RGBA":
+        mask = Image.fromarray(np.stack([pixels, 0 * pixels, 0 * pixels, 0 * pixels + 255], -1))
+    elif mode == "P":
+        mask = Image.fromarray(pixels, mode="P")
+        mask.putpalette([0, 0, 0] + [128, 0, 0] * 255)
+    elif mode == "1":
+        mask = Image.fromarray(pixels > 0)
+    else:
+        mask = Image.fromarray(pixels.astype({"L": np.uint8, "I;16": np.uint16}[mode]))
+    assert mask.mode == mode
+    mask.save(parts / "ground_truth" / "scratch" / "2_mask.png")
+    assert torch.equal(opened(parts).mask(1)[0], torch.arange(8).expand(8, 8) >= 4)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_scratch_thinner_than_a_pixel_of_the_small_mask_is_not_lost(parts: Path, width: int) -> None:
+    pixels = np.zeros((256, 256), dtype=np.uint8)
+    pixels[:, 130 : 130 + width] = 255
+    Image.fromarray(pixels).save(parts / "ground_truth" / "scratch" / "2_mask.png")
+    save(parts / "test" / "scratch" / "2.png", (256, 256))
+    found = opened(parts, image_size=16).mask(1)[0]
+    assert torch.equal(found, torch.arange(16).expand(16, 16) == 8)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "1"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_any_colour_mode_and_size_fit(parts: Path, mode: str, channels: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks import Checkpoints
 from diffusion_lit.conditioner import Labels
-from diffusion_lit.data import Digits, Folder, ImageData, MVTec
+from diffusion_lit.data import Digits, ImageData, MVTec
 from diffusion_lit.data.defects import DefectDigits
 from diffusion_lit.diffusion import (
     DDIM,
@@ -183,7 +183,8 @@ def test_smoothing_is_scipy_s_inside_and_keeps_constants_at_the_edges() -> None:
 
 def test_a_record_has_scores_by_defect_with_intervals_and_there_is_a_picture(tmp_path: Path) -> None:
     record = run_test(tmp_path, model())
-    assert record["num_images"] == 68
+    assert record["num_images"] == 46
+    assert record["empty_masks"] == []
     assert record["without_masks"] == ["wrong_class"]
     for name in ("image_AUROC", "pixel_AUPRO", "pixel_Dice", "spot/pixel_AUROC", "wrong_class/image_AUROC"):
         low, high = record["intervals"][name]
@@ -196,14 +197,31 @@ def test_a_record_has_scores_by_defect_with_intervals_and_there_is_a_picture(tmp
         assert picture.size == (5 * 68 - 4, 15 * 68 - 4)
 
 
+def test_defects_that_the_square_cuts_away_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in ("train/good", "test/good", "test/hole"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (32, 8), 99 * i).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "ground_truth/hole").mkdir(parents=True)
+    for i, place in enumerate([16, 2]):
+        pixels = np.zeros((8, 32), dtype=np.uint8)
+        pixels[2:5, place : place + 3] = 1
+        Image.fromarray(pixels).save(tmp_path / f"ground_truth/hole/{i}_mask.png")
+    with caplog.at_level("INFO"):
+        record = run_test(tmp_path, model(), ImageData(MVTec(str(tmp_path), 8, 1)))
+    assert record["empty_masks"] == ["hole/1.png"]
+    assert "no pixel of the defect lies in the square of hole/1.png" in caplog.text
+    assert "pixel_AUPRO" in record["scores"]
+
+
 def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = run_test(tmp_path / "whole", model(sampler=Stop(5)))
-    Stop.batches = 2
+    Stop.batches = 1
     with pytest.raises(RuntimeError, match="on purpose"):
         run_test(tmp_path / "parts", model(sampler=Stop(5)))
-    Stop.batches = 3
+    Stop.batches = 2
     again = run_test(tmp_path / "parts", model(sampler=Stop(5)))
-    assert Stop.batches == 0, "of five batches two were done"
+    assert Stop.batches == 0, "of three batches one was done"
     Stop.batches = 10**9
     assert again["scores"] == whole["scores"]
     assert again["intervals"] == whole["intervals"]
@@ -223,6 +241,16 @@ def test_a_table_has_a_row_for_each_lambda_and_does_not_compute_one_twice(tmp_pa
     assert (tmp_path / "table_lambda.md").read_text().count("\n| ") == 3
     assert "spot/" not in (tmp_path / "table_lambda.md").read_text()
     assert (tmp_path / "table_lambda.png").is_file()
+
+
+def test_settings_are_chosen_by_other_images_than_the_test_s(tmp_path: Path) -> None:
+    first = run_test(tmp_path, model(), ImageData(DefectDigits((3,), judged="validation")))
+    second = run_test(tmp_path, model(), data())
+    assert [record["images"][0] for record in (first, second)] == [
+        "digits with defects (validation)",
+        "digits with defects (test)",
+    ]
+    assert first["scores"] != second["scores"]
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
@@ -248,53 +276,6 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert len(files[0]) == 2 * 37 + 1
     for file in files[0]:
         assert (tmp_path / "one" / "out" / file).read_bytes() == (tmp_path / "two" / "out" / file).read_bytes(), file
-
-
-# Predict
-
-
-def test_predict_writes_the_map_the_overlay_and_the_score_of_each_image(tmp_path: Path) -> None:
-    system = model()
-    made = tiny.trainer(tmp_path, callbacks=[], logger=False)
-    made.predict(system, data(), out=str(tmp_path / "out"), num_images=5, batch_size=2, seed=3)
-    found = system.detect(images(5), range(5), 3)
-    rows = table(tmp_path / "out" / "scores.csv")
-    assert rows[0] == ["image", "pred_score"]
-    names = [name for name, _ in rows[1:]]
-    assert names == [f"good/{i:03d}" for i in range(5)]
-    torch.testing.assert_close(torch.tensor([float(s) for _, s in rows[1:]]), found.pred_score, atol=1e-5, rtol=1e-4)
-    for index, name in enumerate(names):
-        with Image.open(tmp_path / "out" / f"{name}_map.tiff") as image:
-            stored = torch.from_numpy(np.array(image))
-        torch.testing.assert_close(stored, found.anomaly_map[index], atol=1e-5, rtol=1e-4)
-        with Image.open(tmp_path / "out" / f"{name}_overlay.png") as image:
-            assert (image.mode, image.size) == ("RGB", (128, 128))
-            assert float(image.info["pred_score"]) == float(rows[1 + index][1])
-
-
-def test_predict_takes_a_plain_folder_without_masks(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "b.jpg"):
-        (tmp_path / "new").mkdir(exist_ok=True)
-        Image.new("L", (20, 12)).save(tmp_path / "new" / name)
-    source = ImageData(Folder(str(tmp_path / "new"), 8, 1, val_root=str(tmp_path / "new"), in_memory=False))
-    made = tiny.trainer(tmp_path, callbacks=[], logger=False)
-    made.predict(model(), source, out=str(tmp_path / "out"))
-    rows = table(tmp_path / "out" / "scores.csv")
-    assert [name for name, _ in rows[1:]] == ["a.png", "b.jpg", "b.png"]
-
-
-def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    folder.mkdir()
-    for name in ("a", "b", "c"):
-        Image.new("L", (8, 8)).save(folder / f"{name}.png")
-    (folder / "b.png").write_bytes(b"no image")
-    source = ImageData(Folder(str(folder), 8, 1, val_root=str(folder), in_memory=False), on_corrupt="skip")
-    made = tiny.trainer(tmp_path, callbacks=[], logger=False)
-    with pytest.warns(UserWarning, match=r"left out: .*b.png"):
-        made.predict(model(), source, out=str(tmp_path / "out"))
-    rows = table(tmp_path / "out" / "scores.csv")
-    assert [name for name, _ in rows[1:]] == ["a", "c"]
 
 
 # Training
@@ -382,13 +363,3 @@ def test_features_differ_where_the_images_do(tmp_path: Path) -> None:
     assert system.detect(images(), range(7)).anomaly_map.shape == (7, 8, 8)
     with pytest.raises(ValueError, match="takes images of 1 channels, not 3"):
         distance(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
-
-
-def test_predict_without_data_or_of_another_size_is_refused(tmp_path: Path) -> None:
-    made = tiny.trainer(tmp_path, callbacks=[], logger=False)
-    with pytest.raises(ValueError, match=r"give --data.source"):
-        made.predict(model(), out=str(tmp_path / "out"))
-    (tmp_path / "a").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "a" / "0.png")
-    with pytest.raises(ValueError, match=r"images are \(3, 8, 8\) but the model takes \(1, 8, 8\)"):
-        made.predict(model(), ImageData(Folder(str(tmp_path / "a"), 8, 3)), out=str(tmp_path / "out"))

@@ -217,6 +217,17 @@ def test_an_interval_of_the_image_auroc_has_the_width_that_theory_gives() -> Non
     assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.1)
 
 
+def test_sets_without_a_defective_pixel_have_no_part_in_intervals() -> None:
+    truth, maps, scores = case()
+    # Of the defective images one alone has a mask that is not empty: some sets do not have it.
+    first = int(np.flatnonzero(truth.bad)[0])
+    few = Truth(truth.defects, truth.masks & (np.arange(24) == first)[:, None, None], truth.masked)
+    found, intervals, _ = score(few, maps, scores, resamples=200)
+    for name in ("pixel_AUROC", "pixel_AUPRO", "pixel_AP"):
+        assert np.isfinite(intervals[name]).all(), name
+        assert intervals[name][0] - 0.05 <= found[name] <= intervals[name][1] + 0.05, name
+
+
 def test_defects_without_masks_have_image_scores_only() -> None:
     truth, maps, scores = case()
     masked = np.array([defect != "crack" for defect in truth.defects])

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from diffusion_lit.data import DefectImages, ImageData
+from diffusion_lit.data.folder import several
 from diffusion_lit.data.mvtec import GOOD
 from diffusion_lit.diffusion import DiscreteProcess, ImageNoise
 from diffusion_lit.evaluation.measure import Record, known, measure
@@ -221,6 +222,7 @@ class AnoDDPM(DiffusionModule):
         defects = [images.defects[i] for i in index]
         masks = torch.cat([images.mask(i) for i in index])
         truth = Truth(defects, masks.numpy(), images.masked[index].numpy())
+        empty = truth.bad & truth.masked & ~truth.masks.any((1, 2))
         scores = smooth_frames(columns["score"].double().numpy(), defects, self.scoring.frame_smoothing)
         maps = columns["map"].double().numpy()
         values, intervals, threshold = score(truth, maps, scores, self.scoring.share, self.scoring.resamples)
@@ -235,6 +237,7 @@ class AnoDDPM(DiffusionModule):
             "threshold": threshold,
             "num_images": len(index),
             "without_masks": sorted({d for d, is_known in zip(defects, truth.masked, strict=True) if not is_known}),
+            "empty_masks": [images.names[index[n]] for n in np.flatnonzero(empty)],
             "evaluations": self.detections(),
             "grid": path.name,
         }
@@ -292,7 +295,8 @@ def sentence(described: Mapping[str, Any]) -> str:
 
 
 def summary(record: Record) -> str:
-    """The scores of all defects, and what there is no mask of, on one line."""
+    """The scores of all defects, what there is no mask of, and whose mask is empty, on one line."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items() if "/" not in name)
     without = f"; image scores only: {', '.join(record['without_masks'])}" if record["without_masks"] else ""
-    return f"{record['num_images']} images: {values}{without}"
+    hidden = f"; no pixel of the defect lies in the square of {several(record['empty_masks'])}"
+    return f"{record['num_images']} images: {values}{without}{hidden if record['empty_masks'] else ''}"

@@ -236,14 +236,16 @@ def smooth_frames(scores: Array, defects: Sequence[str], std: float) -> Array:
 
 
 def resampled(truth: Truth, maps: Array, scores: Array, resamples: int, seed: int) -> dict[str, Array]:
-    """The scores of `values` for sets of images that are drawn anew, (resamples,) each."""
+    """The scores of `values` for sets of images that are drawn anew, (resamples,) each; fewer where a set has none."""
     weights = draw_weights(truth.bad, resamples, seed)
     _, place = np.unique(scores, return_inverse=True)
     one_hot = np.eye(int(place.max()) + 1)[place]
     found = from_counts(weights @ (one_hot * truth.bad[:, None]), weights @ (one_hot * ~truth.bad[:, None]))
     drawn = {f"image_{name}": value for name, value in found.items()}
     masks, known, weights = truth.masks[truth.masked], maps[truth.masked], weights[:, truth.masked]
-    if not masks.any():
+    # A set without any defective pixel, or any good one, has no scores of pixels.
+    weights = weights[(weights @ masks.sum((1, 2)) > 0) & (weights @ (~masks).sum((1, 2)) > 0)]
+    if not len(weights):
         return drawn
     edges = np.unique(np.quantile(known.ravel(), np.linspace(0, 1, BINS + 1)[1:-1]))
     level = np.searchsorted(edges, known, "right")
@@ -256,7 +258,7 @@ def resampled(truth: Truth, maps: Array, scores: Array, resamples: int, seed: in
     positive, negative = weights @ inside, weights @ outside
     drawn |= {f"pixel_{name}": value for name, value in from_counts(positive, negative).items()}
     reached = negative[:, ::-1].cumsum(1)[:, ::-1] / negative.sum(1, keepdims=True)
-    above = np.concatenate([reached[:, 1:], np.zeros((resamples, 1))], axis=1)
+    above = np.concatenate([reached[:, 1:], np.zeros((len(weights), 1))], axis=1)
     lengths = length_to(above, reached, LIMIT) / LIMIT
     areas, owners = region_histograms(level, masks, len(edges) + 1)
     of_regions = weights[:, owners]
