@@ -66,8 +66,8 @@ JUDGED = ("test", "validation")
 class DefectDigits(Source):
     """Digits of some classes as good parts, and others with scratches, spots and gaps that are to be found.
 
-    Of the digits of these classes, six tenths are for training, two for validation and two for the test. Of the last two
-    a quarter each is good, and each further quarter has one kind of defect, with an exact mask. Digits of other
+    Of the digits of these classes, six tenths are for training, two for validation and two for the test. Of these two a
+    quarter is good, and each further quarter has one kind of defect, with an exact mask. Digits of other
     classes, as many as of one defect, are defects without a mask: all of the image is wrong. No image is in two of the
     three sets.
 
