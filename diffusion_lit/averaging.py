@@ -13,8 +13,7 @@ from torch import Tensor, nn
 class HalfLife:
     """The decay of an average whose memory is counted in training images.
 
-    At the n-th update, n from 1, it is 0.5^(batch_size / h) with h = min(images, ramp_up (n - 1) batch_size): the
-    half-life is at most the fraction `ramp_up` of the images seen so far.
+    It is 0.5^(batch_size / h) with h = min(images, ramp_up n), n the images seen before the step.
 
     Attributes:
         images: The half-life, in images.
@@ -28,9 +27,8 @@ class HalfLife:
     batch_size: int
     ramp_up: float | None = 0.05
 
-    def __call__(self, update: int) -> float:
-        """Returns the decay of an update, counted from 1."""
-        seen = (update - 1) * self.batch_size
+    def __call__(self, seen: int) -> float:
+        """Returns the decay of an update after so many images."""
         images = self.images if self.ramp_up is None else min(self.images, self.ramp_up * seen)
         return 0.0 if images == 0 else float(0.5 ** (self.batch_size / images))
 
@@ -67,6 +65,9 @@ class WeightAverages:
         self.decays = list(decays)
         self.warmup = warmup
         self.num_updates = 0
+        # Where some are counted in images.
+        self._batch_size = next((d.batch_size for d in decays if isinstance(d, HalfLife)), 0)
+        self._images = 0
         trainable = [name for name, p in module.named_parameters() if p.requires_grad]
         self._names = trainable if names is None else [name for name in trainable if name in set(names)]
         self._averages = {str(d): self._snapshot(module) for d in decays}
@@ -98,12 +99,13 @@ class WeightAverages:
         parameters = [p.detach().float() for p in self._parameters(module)]
         for decay in self.decays:
             torch._foreach_lerp_(self._averages[str(decay)], parameters, 1 - self._now(decay))
+        self._images += self._batch_size
 
     def _now(self, decay: float | HalfLife) -> float:
         """The decay of the newest update."""
         n = self.num_updates
         if isinstance(decay, HalfLife):
-            return decay(n)
+            return decay(self._images)
         return min(decay, (1 + n) / (10 + n)) if self.warmup else decay
 
     @contextmanager
@@ -149,6 +151,7 @@ class WeightAverages:
             "decays": [str(d) if isinstance(d, HalfLife) else d for d in self.decays],
             "warmup": self.warmup,
             "num_updates": self.num_updates,
+            "images": self._images,
             "averages": {str(d): self.average(str(d)) for d in self.decays[1:]},
         }
 
@@ -163,6 +166,7 @@ class WeightAverages:
             primary: The primary average by parameter name.
         """
         self.num_updates = state["num_updates"]
+        self._images = state.get("images") or self.num_updates * self._batch_size
         stored = {str(state["decays"][0]): primary, **state["averages"]}
         for decay in self.decays:
             source = stored.get(str(decay), primary)

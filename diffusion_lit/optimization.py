@@ -106,7 +106,8 @@ class HeldCosine(CosineAnnealingLR):
 class ImageWarmup(LRScheduler):
     """The learning rate rises linearly from 0 over the first training images, and is constant afterwards.
 
-    Step i, from 0, has the factor min(i batch_size / images, 1).
+    The factor is min(n / images, 1), with n the images seen before the step, also where a run continues with another
+    batch size.
 
     Args:
         optimizer: The optimiser.
@@ -122,7 +123,9 @@ class ImageWarmup(LRScheduler):
         if images < 1:
             raise ValueError(f"images={images} must be at least 1; leave lr_scheduler out for a constant learning rate")
         self.images = images
-        self.batch_size = 0
+        self._batch_size = 0
+        # Images and steps up to the last change of the batch size.
+        self._images_before = self._steps_before = 0
         super().__init__(optimizer)
 
     def set_batch_size(self, batch_size: int | None) -> None:
@@ -132,10 +135,22 @@ class ImageWarmup(LRScheduler):
                 "model.lr_scheduler: ImageWarmup counts images, but the data have no batch_size, the images of one "
                 "optimiser step; choose a schedule that counts steps, such as LinearLR"
             )
-        self.batch_size = batch_size
+        self._batch_size = batch_size
+
+    def _seen(self) -> int:
+        """Images of the steps done."""
+        return self._images_before + (self.last_epoch - self._steps_before) * self._batch_size
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with the batch size that was set, whatever the state's."""
+        batch_size = self._batch_size
+        super().load_state_dict(state_dict)
+        if self._batch_size != batch_size:
+            self._images_before, self._steps_before = self._seen(), self.last_epoch
+            self._batch_size = batch_size
 
     def get_lr(self) -> list[float | Tensor]:
-        factor = min(self.last_epoch * self.batch_size / self.images, 1.0)
+        factor = min(self._seen() / self.images, 1.0)
         return [rate * factor for rate in self.base_lrs]
 
 

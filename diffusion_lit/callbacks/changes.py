@@ -23,7 +23,10 @@ from diffusion_lit.parts import path_of
 
 DESCRIBED = "optimization"
 """The entry of a checkpoint that says how its optimisers and schedules were made."""
-_MOVING = ("base_lrs", "last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step", "verbose")
+_MOVING = (
+    *("base_lrs", "last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step", "verbose"),
+    *("_batch_size", "_images_before", "_steps_before"),
+)
 """What schedules hold besides their arguments, or what follows from the optimiser's."""
 _KERNELS = ("foreach", "fused", "capturable", "differentiable")
 """How an optimiser computes, not what."""
