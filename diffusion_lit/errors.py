@@ -86,17 +86,16 @@ def innermost(error: BaseException) -> BaseException:
     """The error that another one hides: the parser wraps what a part raises, Lightning fails to close a loader."""
     while is_raised_in(error, _WRAPPERS) and is_hidden(error.__cause__ or error.__context__):
         if (found := of_a_part(str(error))) is not None:
-            return ValueError(" ".join(found.split()))
+            return ValueError(found)
         error = cast(BaseException, error.__cause__ or error.__context__)
     return error
 
 
 def of_a_part(text: str) -> str | None:
-    """What the parser's message says of a part, however deep that is inside of others; None: nothing."""
+    """What a part says in a message of the parser in one line, also a part of a part; None: it is no such message."""
     found = None
     while (match := _OF_A_PART.search(text)) is not None:
-        found = match[1]
-        text = re.sub(r"^ {4}", "", found, flags=re.M)
+        found, text = " ".join(match[1].split()), match[1].replace("\n    ", "\n")
     return found
 
 

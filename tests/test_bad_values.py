@@ -136,3 +136,17 @@ def test_a_long_value_is_quoted_in_part(capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         report(ValueError(f"key={'x' * 5000} is too long"))
     assert len(capfd.readouterr().err) < LONG + 100
+
+
+def test_what_a_part_of_a_part_refuses_is_said_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "--model.sampler.steps",
+        "null",
+        "--model.sampler.grid",
+        "Levels",
+        "--model.sampler.grid.indices",
+        "[0, 22]",
+    ]
+    said = outcome(["fit", "-c", "ct_digits", *given], capfd)
+    assert said.startswith("diffusion_lit: error: grid.indices=[0, 22] must end at the last level, 39: ")
+    assert said.endswith("; append 39")
