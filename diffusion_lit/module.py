@@ -220,6 +220,7 @@ class DiffusionModule(Generator):
     def load(self, checkpoint: Mapping[str, Any], weights: str = AVERAGED, path: Path | str | None = None) -> None:
         self.codec.restore(checkpoint.get("codec", {}))
         super().load(checkpoint, weights, path)
+        self.objective.trained(checkpoint.get("global_step") or 0)
 
     def initialize(self, checkpoint: Mapping[str, Any]) -> list[str]:
         self.codec.restore(checkpoint.get("codec", {}))
@@ -235,6 +236,8 @@ class DiffusionModule(Generator):
         super().on_load_checkpoint(checkpoint)
         if self.loaded is None:
             self.objective.load_state_dict(checkpoint.get("objective", {}))
+        else:
+            self.objective.trained(checkpoint.get("global_step") or 0)
 
     # Sampling
 

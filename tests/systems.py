@@ -6,10 +6,20 @@ from typing import Any, Literal
 
 import torch
 
-from diffusion_lit.diffusion import DDIM, CosineProcess, DiscreteProcess, IntegratedLinear, Trailing, V
+from diffusion_lit.diffusion import DDIM, CosineProcess, DiscreteProcess, IntegratedLinear, LogNormal, Trailing, V
 from diffusion_lit.generator import Generator
 from diffusion_lit.methods.autoencoder.losses import Adversarial, ReconstructionLoss
 from diffusion_lit.methods.autoencoder.module import AutoencoderModule
+from diffusion_lit.methods.consistency import (
+    Boundary,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    Doubling,
+    Fixed,
+    Multistep,
+    Neighbors,
+    SquareRoot,
+)
 from diffusion_lit.methods.ddgan import DDGAN
 from diffusion_lit.methods.progressive_distillation import LinearByStage, ProgressiveDistillation
 from diffusion_lit.module import DiffusionModule
@@ -72,6 +82,17 @@ def student(path: Path, stages: Any = (2, 2, 2), **kwargs: Any) -> DiffusionModu
         "sampler": DDIM(1, grid=Trailing()),
         "objective": ProgressiveDistillation(str(path), stages),
         "lr_scheduler": lambda optimizer: LinearByStage(optimizer, stages),
+    }
+    return tiny.module(**{**parts, **kwargs})
+
+
+def consistency(objective: ConsistencyTraining, **kwargs: Any) -> DiffusionModule:
+    """A consistency model on the process of the teacher."""
+    parts: dict[str, Any] = {
+        "process": CosineProcess(),
+        "parameterization": Boundary(0.75),
+        "sampler": Multistep(2),
+        "objective": objective,
     }
     return tiny.module(**{**parts, **kwargs})
 
@@ -156,6 +177,13 @@ def vq(**kwargs: Any) -> AutoencoderModule:
 GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "diffusion": lambda path: tiny.module(),
     "progressive distillation": lambda path: student(path),
+    "consistency distillation": lambda path: consistency(
+        ConsistencyDistillation(str(path), Neighbors(Fixed(6)), decay=0.95)
+    ),
+    "consistency training": lambda path: consistency(ConsistencyTraining(Neighbors(SquareRoot(2, 8, 6)), decay=0.9)),
+    "improved consistency training": lambda path: consistency(
+        ConsistencyTraining(Neighbors(Doubling(2, 8, 6), noise=LogNormal(-1.1, 2.0)))
+    ),
     "denoising diffusion GAN": lambda path: ddgan(),
     "KL autoencoder": lambda path: autoencoder(),
     "VQ autoencoder": lambda path: vq(),

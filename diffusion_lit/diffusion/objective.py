@@ -100,6 +100,9 @@ class Objective(Part):
             Losses, (B,).
         """
 
+    def trained(self, steps: int) -> None:
+        """Called when the weights of a model are loaded to be scored: its losses are those after so many steps."""
+
     def stepped(self, step: int, denoiser: Denoiser, seen: Seen, gather: GatherFn) -> None:
         """Called after every whole optimizer step; by default lets `times` learn from the losses.
 

@@ -101,7 +101,7 @@ class ProgressiveDistillation(Objective):
     starts from the teacher's weights. A checkpoint carries the teacher's weights and N, so that a run continues in any
     stage, without the file of its first teacher.
 
-    Without a teacher, which is in `test`, the error is that of clean data, at the times of the last student.
+    Without a teacher, which is in `test`, the error is that of clean data, at the times of the student.
 
     Args:
         teacher: Checkpoint of the first teacher, a `DiffusionModule` with the process, the parameterization and the
@@ -219,6 +219,9 @@ class ProgressiveDistillation(Objective):
         weight = self.weighting(process, t) * process.log_snr(t).exp()
         error: Tensor = (target - denoiser(x_t, t, condition).x0).square().flatten(1).mean(1)
         return weight.to(x0.dtype) * error
+
+    def trained(self, steps: int) -> None:
+        self._set_steps(self._steps_in(stage_at(self.stages, max(steps - 1, 0))))
 
     def stepped(self, step: int, denoiser: Denoiser, seen: Seen, gather: GatherFn) -> None:
         stage = stage_at(self.stages, step)

@@ -13,7 +13,8 @@ class SDEdit(Edit):
 
     Args:
         start: Time to which images are noised, in (0, 1]: the smaller, the more of them remains. The paper has 0.3 to
-            0.6, of a process of its own.
+            0.6, of a process of its own. None: the sampler's first time, as for consistency models whose `Multistep`
+            lists noise levels.
 
     Raises:
         ValueError: If it is out of range.
@@ -23,8 +24,8 @@ class SDEdit(Edit):
 
     entries = ("image",)
 
-    def __init__(self, start: float = 0.5) -> None:
-        if not 0 < start <= 1:
+    def __init__(self, start: float | None = 0.5) -> None:
+        if start is not None and not 0 < start <= 1:
             raise ValueError(f"edit.start={start} must lie in (0, 1]: 1 is pure noise; set --edit.start 0.5")
         self.start = start
 
@@ -37,13 +38,16 @@ class SDEdit(Edit):
         on_step: StepFn | None = None,
     ) -> Tensor:
         x0 = model.codec.encode(condition["image"].to(model.device))
-        first = sampler.times(model.process, self.start)[0]
-        x_t = model.process.perturb(x0, noise.draw(), first)
+        first = self._first(model, sampler)
+        x_t = model.process.perturb(x0, noise.draw(), sampler.times(model.process, first)[0])
         denoise = model.bind(condition, noise)
-        latents = sampler(denoise, x_t, model.process, noise.draw, on_step, start=self.start)
+        latents = sampler(denoise, x_t, model.process, noise.draw, on_step, start=first)
         return model.finished(latents, condition)
 
+    def _first(self, model: DiffusionModule, sampler: Sampler) -> float:
+        return float(sampler.times(model.process)[0]) if self.start is None else self.start
+
     def evaluations(self, model: DiffusionModule, sampler: Sampler) -> int:
-        whole, part = (len(sampler.times(model.process, start)) - 1 for start in (None, self.start))
+        whole, part = (len(sampler.times(model.process, start)) - 1 for start in (None, self._first(model, sampler)))
         # Samplers may take several evaluations a step.
         return -(-sampler.evaluations(model.process) * part // whole)

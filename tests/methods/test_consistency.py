@@ -23,7 +23,9 @@ from diffusion_lit.diffusion import (
     VarianceExploding,
     VariancePreserving,
 )
+from diffusion_lit.diffusion.projection import KnownPixels, Luminance, PatchMeans
 from diffusion_lit.diffusion.samplers.heun import heun_step
+from diffusion_lit.edit import Edit, Edited
 from diffusion_lit.methods.consistency import (
     LPIPS,
     Absolute,
@@ -45,13 +47,11 @@ from diffusion_lit.methods.consistency import (
     SquareRoot,
     TimeSearch,
     Unweighted,
-    edit,
-    gray,
-    inside,
-    patches,
-    redraw,
 )
 from diffusion_lit.methods.consistency.search import ternary
+from diffusion_lit.methods.projected import Projected
+from diffusion_lit.methods.sdedit import SDEdit
+from diffusion_lit.module import DiffusionModule
 from diffusion_lit.types import DenoiseFn, Prediction
 
 MEAN, VARIANCE, LEAST = 0.4, 0.09, 0.002
@@ -591,9 +591,12 @@ def with_shape(network: nn.Module, **shape: object) -> nn.Module:
         ),
         (
             Denoiser(Noisy(), Eps(), VariancePreserving()),
-            r"process, VariancePreserving, than .*VarianceExploding",
+            r"process, VariancePreserving\(.*\), than .*VarianceExploding\(",
         ),
-        (Denoiser(Noisy(), Eps(), VarianceExploding(0.002, 50.0)), r"another process, VarianceExploding"),
+        (
+            Denoiser(Noisy(), Eps(), VarianceExploding(0.002, 50.0)),
+            r"process, VarianceExploding\(.*sigma_max=50\.0.*\), .*sigma_max=80\.0",
+        ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_training(teacher: Denoiser, message: str) -> None:
@@ -651,80 +654,52 @@ def test_a_table_searches_times_one_after_another() -> None:
 # Editing
 
 
-def pixelwise(x_t: Tensor, t: Tensor) -> Prediction:
-    return consistency(x_t, t)
-
-
-@pytest.mark.parametrize(
-    ("known", "shape"),
-    [
-        (inside(torch.tensor([[1.0, 0.0], [1.0, 1.0]])), (2, 2)),
-        (gray, (2, 2)),
-        (patches(2), (4, 6)),
-    ],
-    ids=["inpainting", "colourisation", "super-resolution"],
-)
-def test_what_is_known_is_an_orthogonal_projection_and_is_kept(
-    known: Callable[[Tensor], Tensor], shape: tuple[int, int]
-) -> None:
-    x, y = torch.randn(2, 3, 3, *shape, dtype=torch.float64, generator=seeded())
-    torch.testing.assert_close(known(known(x)), known(x))
-    torch.testing.assert_close((known(x) * y).sum(), (x * known(y)).sum())
-    sampler = Multistep(grid=Sigmas([80.0, 5.0, 1.0, 0.002]), clip=False)
-    found = edit(pixelwise, sampler, PROCESS, y, known, draws(y))
-    torch.testing.assert_close(known(found), known(y), rtol=1e-9, atol=1e-9)
-    # Of the image only what is known counts.
-    others = known(y) + x - known(x)
-    torch.testing.assert_close(edit(pixelwise, sampler, PROCESS, others, known, draws(y)), found, rtol=1e-9, atol=1e-9)
-
-
-def test_colourisation_keeps_the_luminance_and_super_resolution_the_means() -> None:
-    y = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=seeded())
-    weights = times(0.2989, 0.587, 0.114)
-    sampler = Multistep(clip=False)
-    colours = edit(pixelwise, sampler, PROCESS, y, gray, draws(y))
-    torch.testing.assert_close(
-        torch.einsum("nchw,c->nhw", colours, weights), torch.einsum("nchw,c->nhw", y, weights), rtol=1e-9, atol=1e-9
-    )
-    sharp = edit(pixelwise, sampler, PROCESS, y, patches(4), draws(y))
-    means = [image.reshape(2, 3, 2, 4, 2, 4).mean((3, 5)) for image in (sharp, y)]
-    torch.testing.assert_close(*means, rtol=1e-9, atol=1e-9)
-    assert (sharp - y).abs().max() > 0.1
+def edited(how: Edit, sampler: Multistep, shape: tuple[int, int, int], scale: float = 1.0) -> Edited:
+    """The consistency function of the data as a model of images, (C, H, W), with a method."""
+    network = with_shape(ClosedForm(scale).float(), image_size=shape[1], in_channels=shape[0])
+    return Edited(DiffusionModule(network, Exact(), X0(), sampler=sampler), how)  # type: ignore[arg-type]
 
 
 def test_what_is_not_known_of_independent_pixels_has_the_distribution_of_the_data() -> None:
     # Pixels are independent, so that the known ones say nothing of the others.
-    y = torch.full((20_000, 1, 1, 2), 0.9, dtype=torch.float64)
-    mask = times(1.0, 0.0)
-    found = edit(pixelwise, Multistep(3, clip=False), PROCESS, y, inside(mask), draws(y))[..., 1]
-    assert found.mean().item() == pytest.approx(MEAN, abs=0.01)
-    assert found.var().item() == pytest.approx(VARIANCE, rel=0.05)
+    count, mask = 10_000, torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    given = {"image": torch.full((count, 1, 2, 2), 0.9), "mask": mask.expand(count, 1, 2, 2)}
+    found = edited(Projected(KnownPixels()), Multistep(3, clip=False), (1, 2, 2)).sample(range(count), condition=given)
+    torch.testing.assert_close(found[..., 0], given["image"][..., 0], rtol=0, atol=1e-6)
+    assert found[..., 1].mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert found[..., 1].var().item() == pytest.approx(VARIANCE, rel=0.05)
+
+
+def test_colourisation_keeps_the_luminance_and_super_resolution_the_means() -> None:
+    y = torch.rand(2, 3, 8, 8, generator=seeded())
+    weights = torch.tensor([0.2989, 0.587, 0.114])
+    sampler = Multistep(grid=Sigmas([80.0, 5.0, 1.0, 0.002]), clip=False)
+    for how, kept in (
+        (Luminance(), lambda image: torch.einsum("nchw,c->nhw", image, weights)),
+        (PatchMeans(4), lambda image: image.reshape(2, 3, 2, 4, 2, 4).mean((3, 5))),
+    ):
+        found = edited(Projected(how), sampler, (3, 8, 8)).sample(range(2), condition={"image": y})
+        torch.testing.assert_close(kept(found), kept(y), rtol=0, atol=1e-5)
+        assert (found - y).abs().max() > 0.1
 
 
 def test_predictions_are_clipped_before_what_is_known_is_put_in() -> None:
-    def far(x_t: Tensor, t: Tensor) -> Prediction:
-        return Prediction(torch.full_like(x_t, 9.0), x_t)
-
-    y = torch.full((1, 1, 1, 2), 1.5, dtype=torch.float64)
-    found = edit(far, Multistep(2), PROCESS, y, inside(times(1.0, 0.0)), draws(y))
-    assert found.flatten().tolist() == [1.5, 1.0]
-
-
-def test_strokes_are_noised_to_the_first_level_and_sampled_from_there() -> None:
-    strokes = torch.rand(3, 1, 2, 2, dtype=torch.float64, generator=seeded())
-    sampler = Multistep(grid=Sigmas([5.38, 2.24, 0.002]), clip=False)
-    found = redraw(pixelwise, sampler, PROCESS, strokes, draws(strokes))
-    noise = draws(strokes)
-    image = closed(strokes + 5.38 * noise(), 5.38)
-    image = closed(image + math.sqrt(2.24**2 - LEAST**2) * noise(), 2.24)
-    torch.testing.assert_close(found, image, rtol=1e-9, atol=1e-9)
+    y, mask = torch.full((1, 1, 2, 2), 1.5), torch.tensor([[1.0, 0.0], [1.0, 0.0]])[None, None]
+    model = edited(Projected(KnownPixels()), Multistep(2), (1, 2, 2), scale=1e4)
+    found = model.sample([0], condition={"image": y, "mask": mask})
+    assert found[..., 0].tolist() == [[[1.5, 1.5]]]
+    assert found[..., 1].abs().tolist() == [[[1.0, 1.0]]]
 
 
-def test_impossible_edits_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 channels, not of 1"):
-        gray(torch.zeros(1, 1, 2, 2))
-    with pytest.raises(ValueError, match=r"3 does not divide images of \(4, 4\)"):
-        patches(3)(torch.zeros(1, 1, 4, 4))
+def test_strokes_are_noised_to_the_sampler_s_first_level_and_sampled_from_there() -> None:
+    strokes = torch.rand(3, 1, 2, 2, generator=seeded())
+    model = edited(SDEdit(None), Multistep(grid=Sigmas([5.38, 2.24, 0.002]), clip=False), (1, 2, 2))
+    found = model.sample(range(3), seed=4, condition={"image": strokes})
+    noise = model.noise(range(3), seed=4)
+    image = closed(strokes + 5.38 * noise.draw(), 5.38)
+    image = closed(image + math.sqrt(2.24**2 - LEAST**2) * noise.draw(), 2.24)
+    torch.testing.assert_close(found, image.float(), rtol=0, atol=1e-5)
+    assert model.evaluations(None) == 2
 
 
 def test_a_step_of_heun_takes_each_image_from_its_own_time_to_its_own() -> None:

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor
 
-from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
 from diffusion_lit.checkpoint import load_model
 from diffusion_lit.configuration import build
 from diffusion_lit.diffusion import EDM, DenoisingLoss, LogNormal, Preconditioned, VarianceExploding
@@ -18,23 +16,16 @@ from diffusion_lit.methods.consistency import (
     ConsistencyDistillation,
     ConsistencyTraining,
     Doubling,
-    Fixed,
-    InverseOutput,
     Multistep,
     Neighbors,
-    PseudoHuber,
-    Shrinking,
-    Squared,
-    SquareRoot,
     TimeSearch,
-    Unweighted,
 )
 from diffusion_lit.metrics import Pixels
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import UNet
 from diffusion_lit.records import RESULTS, read_records
-from tests import forked, tiny
-from tests.tiny import identical, last, load
+from tests import tiny
+from tests.tiny import last, load
 
 NETWORK = {
     "class_path": "diffusion_lit.networks.UNet",
@@ -78,68 +69,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return last(run)
 
 
-KINDS = ["training", "improved", "easy", "distillation"]
-
-
-def objective(kind: str, teacher: Path) -> ConsistencyTraining:
-    if kind == "training":
-        return ConsistencyTraining(Neighbors(SquareRoot(2, 8, 6)), Squared(), Unweighted(), decay=0.9)
-    if kind == "improved":
-        return ConsistencyTraining(Neighbors(Doubling(2, 8, 6), noise=LogNormal(-1.1, 2.0)))
-    if kind == "easy":
-        return ConsistencyTraining(Shrinking(stage_steps=2), PseudoHuber(0.0), InverseOutput(0.75))
-    return ConsistencyDistillation(str(teacher), Neighbors(Fixed(6)), decay=0.95)
-
-
-def module(kind: str, teacher: Path) -> DiffusionModule:
+def improved() -> DiffusionModule:
+    """From data alone, with the parts that the teacher's network has."""
     return tiny.module(
         process=VarianceExploding(),
-        parameterization=Preconditioned(0.75) if kind == "easy" else Boundary(0.75),
-        objective=objective(kind, teacher),
+        parameterization=Boundary(0.75),
+        objective=ConsistencyTraining(Neighbors(Doubling(2, 8, 6), noise=LogNormal(-1.1, 2.0))),
         sampler=Multistep(2),
     )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_goes_on_has_the_bits_of_one_that_was_not_stopped(tmp_path: Path, teacher: Path, kind: str) -> None:
-    whole, first, rest = (module(kind, teacher) for _ in range(3))
-    settings: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 2}
-    tiny.trainer(tmp_path / "whole", 6, **settings).fit(whole, tiny.data())
-    tiny.trainer(tmp_path / "parts", 3, **settings).fit(first, tiny.data())
-    tiny.trainer(tmp_path / "parts", 6, **settings).fit(rest, tiny.data(), ckpt_path="last")
-    a, b = (load(last(tmp_path / name)) for name in ("whole", "parts"))
-    for key in ("state_dict", "current_model_state", "averages", "optimizer_states", "objective"):
-        assert identical(a[key], b[key]), key
-    assert a["objective"]["step"] == 6
-    average = {n.removeprefix("target."): p for n, p in a["objective"].items() if n.startswith("target.")}
-    assert bool(average) == (kind in ("training", "distillation"))
-    raw = {n.removeprefix("denoiser.network."): p for n, p in a["current_model_state"].items()}
-    assert all(not torch.equal(p, raw[name]) for name, p in average.items() if p.numel() > 100)
-
-
-class Keep(L.Callback):
-    """Writes what each process ends with."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, DiffusionModule)
-        torch.save((pl_module.state_dict(), pl_module.objective.state_dict()), self.place / f"{trainer.global_rank}.pt")
-
-
-@pytest.mark.parametrize("kind", ["training", "distillation"])
-def test_two_processes_end_with_the_same_weights_and_the_same_target(tmp_path: Path, teacher: Path, kind: str) -> None:
-    def train() -> None:
-        callbacks = [EMA([0.9]), Scalars(), Checkpoints(), Keep(tmp_path)]
-        tiny.trainer(tmp_path, 3, callbacks, devices=2, strategy="ddp").fit(module(kind, teacher), tiny.data())
-
-    assert forked.wait(forked.fork(lambda: forked.in_two(train), tmp_path / "output.txt")) == 0, (
-        tmp_path / "output.txt"
-    ).read_text()
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert identical(one, other)
-    assert one[1]["step"] == 3
 
 
 def configuration(teacher: str) -> dict[str, Any]:
@@ -191,7 +128,7 @@ def test_a_teacher_for_other_images_is_refused_before_training(tmp_path: Path, t
 
 
 def test_times_are_searched_for_in_test_and_known_ones_are_not_scored_again(tmp_path: Path, teacher: Path) -> None:
-    model = module("improved", teacher)
+    model = improved()
     model.config = {}
     tiny.trainer(tmp_path, 1).fit(model, tiny.data())
     table = TimeSearch(levels=8, steps=2)
@@ -200,7 +137,7 @@ def test_times_are_searched_for_in_test_and_known_ones_are_not_scored_again(tmp_
             extractor=Pixels(), num_images=16, batch_size=16, table=table, cache_dir=str(tmp_path / "cache")
         )
         tiny.trainer(tmp_path, 1, [evaluation], limit_test_batches=1).test(
-            module("improved", teacher), tiny.data(), ckpt_path=str(last(tmp_path))
+            improved(), tiny.data(), ckpt_path=str(last(tmp_path))
         )
     records = read_records(tmp_path / RESULTS)
     scored = [tuple(record["sampler"]["grid"]["indices"]) for record in records]
@@ -213,9 +150,24 @@ def test_times_are_searched_for_in_test_and_known_ones_are_not_scored_again(tmp_
 
 
 def test_images_of_one_and_two_evaluations_differ_and_are_reported_step_by_step(teacher: Path) -> None:
-    model = module("improved", teacher)
+    model = improved()
     reported: list[tuple[int, int]] = []
     one: Tensor = model.sample([0], sampler=Multistep(1))
     two = model.sample([0], sampler=Multistep(2), on_step=lambda done, total: reported.append((done, total)))
     assert not torch.equal(one, two)
     assert reported == [(1, 2), (2, 2)]
+
+
+def test_a_trained_model_is_scored_at_the_levels_that_it_was_trained_at_last(tmp_path: Path) -> None:
+    model = improved()
+    tiny.trainer(tmp_path, 4).fit(model, tiny.data())
+    assert isinstance(model.objective, ConsistencyTraining)
+    assert model.objective.times.step == 4
+    for fresh, kwargs in ((improved(), {}), (improved(), {"ckpt_path": str(last(tmp_path))})):
+        if not kwargs:
+            fresh.load(load(last(tmp_path)))
+        tiny.trainer(tmp_path / "scored", 1, [], limit_test_batches=1).test(fresh, tiny.data(), **kwargs)
+        assert isinstance(fresh.objective, ConsistencyTraining)
+        assert isinstance(fresh.objective.times, Neighbors)
+        # Two stages of two steps have 2 and 4 intervals; the third has 8.
+        assert len(fresh.objective.times.levels(fresh.process)) == 9

@@ -219,6 +219,14 @@ def test_stages_halve_the_steps_and_end_at_the_last() -> None:
     assert found == [(12, 1.0), (6, 2.0), (6, 2.0), (6, 2.0), (3, 5.0), (3, 5.0)]
 
 
+def test_a_student_is_scored_at_the_times_of_its_own_stage() -> None:
+    distillation, found = objective([2, 3, 1]), []
+    for steps in range(8):
+        distillation.trained(steps)
+        found.append(distillation.steps)
+    assert found == [4, 4, 4, 2, 2, 2, 1, 1]
+
+
 def test_the_learning_rate_falls_to_nothing_in_every_stage() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = LinearByStage(optimizer, [2, 4])

@@ -7,7 +7,6 @@ Geng et al. 2025 (easy tuning, ECT).
 """
 
 from diffusion_lit.methods.consistency.distance import LPIPS, Absolute, Distance, PseudoHuber, Squared
-from diffusion_lit.methods.consistency.editing import edit, gray, inside, patches, redraw
 from diffusion_lit.methods.consistency.objective import (
     ConsistencyDistillation,
     ConsistencyTraining,
@@ -52,9 +51,4 @@ __all__ = [
     "Squared",
     "TimeSearch",
     "Unweighted",
-    "edit",
-    "gray",
-    "inside",
-    "patches",
-    "redraw",
 ]

@@ -4,6 +4,7 @@ import copy
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,6 +20,7 @@ from diffusion_lit.frozen import Frozen
 from diffusion_lit.methods.consistency.distance import Distance, PseudoHuber, Squared
 from diffusion_lit.methods.consistency.pairs import Doubling, Neighbors, Pairs
 from diffusion_lit.module import DiffusionModule
+from diffusion_lit.records import describe
 from diffusion_lit.types import Condition, Part
 
 
@@ -157,6 +159,9 @@ class ConsistencyTraining(Objective):
             torch._foreach_lerp_([*self._parameters().values()], new, 1 - self.times.decay(self.decay))
         self.times.step += 1
 
+    def trained(self, steps: int) -> None:
+        self.times.step = steps
+
     def _parameters(self) -> dict[str, Tensor]:
         """Parameters of the target's average, by name; those of a checkpoint as long as there is no target."""
         if self._target is None:
@@ -276,10 +281,17 @@ def check_teacher(teacher: Denoiser, denoiser: Denoiser) -> None:
             f"num_classes={num_classes_of(denoiser.network)}; make them agree"
         )
     if not same_process(teacher.process, denoiser.process):
+        theirs, ours = (settings(describe(d.process)) for d in (teacher, denoiser))
         raise ValueError(
-            f"objective.teacher was trained on another process, {type(teacher.process).__name__}, than the model's "
-            f"{type(denoiser.process).__name__}; set --model.process and its options to the teacher's"
+            f"objective.teacher was trained on another process, {theirs}, than the model's, {ours}; "
+            "set --model.process and its options to the teacher's"
         )
+
+
+def settings(described: Any) -> str:
+    """A described part in one line, such as VarianceExploding(sigma_max=80.0, sigma_min=0.002)."""
+    rest = ", ".join(f"{name}={value}" for name, value in described.items() if name != "class")
+    return f"{described['class']}({rest})"
 
 
 def same_draws(device: torch.device) -> AbstractContextManager[None]:
