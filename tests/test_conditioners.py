@@ -21,7 +21,7 @@ from diffusion_lit.conditioners import (
     SemanticMap,
     StableDiffusion,
 )
-from diffusion_lit.data import Digits, Holes, ImageData
+from diffusion_lit.data import Digits, Folder, Holes, ImageData, WithMaps
 from diffusion_lit.data import LowResolution as LowResolutionOf
 from diffusion_lit.diffusion import DDIM, ClassifierFree, DiscreteProcess
 from diffusion_lit.images import to_uint8
@@ -158,6 +158,14 @@ def test_the_rescaler_of_maps_has_the_published_parameters_and_is_linear_in_the_
     means = F.avg_pool2d(means, 2)
     expected = torch.einsum("oc,bchw->bohw", part.channel_mapper.weight[:, :, 0, 0], means)
     torch.testing.assert_close(part({"map": values}, Pixels())["concat"], expected)
+
+
+def test_maps_with_classes_beyond_the_model_s_are_refused_before_training(tmp_path: Path) -> None:
+    maps = WithMaps(Folder(str(tmp_path), 8, 1), str(tmp_path), num_classes=7)
+    data = ImageData(Holes(maps))
+    with pytest.raises(ValueError, match=r"conditioner\.num_classes=5, and the data's maps have 7 classes; set"):
+        tiny.trainer(tmp_path / "run").fit(model(SemanticMap(5, 0), 3), data)
+    SemanticMap(7).start(data, torch.device("cpu"))
 
 
 def test_the_weights_of_a_conditioner_are_trained_and_averaged(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Semantic synthesis: the network is given the class of each pixel."""
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_lit.codec import Codec
 from diffusion_lit.conditioners.spatial import Spatial
+from diffusion_lit.data import ImageData, WithMaps
 from diffusion_lit.types import Condition
 
 
@@ -37,6 +39,17 @@ class SemanticMap(Spatial):
         self.num_values = num_classes
         self.halvings = halvings
         self.channel_mapper = nn.Conv2d(num_classes, channels, 1, bias=False)
+
+    def start(self, data: L.LightningDataModule | None, device: torch.device) -> None:
+        """Raises ValueError if maps of the data may have classes that the model does not know."""
+        source = data.source if isinstance(data, ImageData) else None
+        while source is not None and not isinstance(source, WithMaps):
+            source = getattr(source, "source", None)
+        if source is not None and source.num_classes > self.num_values:
+            raise ValueError(
+                f"conditioner.num_classes={self.num_values}, and the data's maps have {source.num_classes} classes; set "
+                f"--model.conditioner.num_classes {source.num_classes}"
+            )
 
     def concat(self, given: Condition, codec: Codec) -> Tensor:
         values = given["map"].long()
