@@ -101,6 +101,10 @@ class DiffusionModule(Generator):
         conditioner.check(self.denoiser.network)
         if guidance is not None:
             guidance.check(self.denoiser, self.conditioner)
+            if getattr(guidance, "clip", False) and not codec.bounded:
+                raise ValueError(
+                    "guidance.clip=true: latents have no bounds to clip predictions to; set --model.guidance.clip false"
+                )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

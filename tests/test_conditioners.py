@@ -60,7 +60,7 @@ def network(concat: int, size: int = 8, **kwargs: Any) -> ADMUNet:
 
 
 def model(conditioner: Any, concat: int, size: int = 8, **kwargs: Any) -> DiffusionModule:
-    options = {name: kwargs.pop(name) for name in ("num_classes", "null_label") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in ("num_classes", "null_label", "level") if name in kwargs}
     made = {"sampler": DDIM(3), **kwargs}
     return tiny.module(network=network(concat, size, **options), conditioner=conditioner, **made)
 
@@ -98,8 +98,40 @@ def test_noise_of_low_resolution_is_that_of_the_process_and_its_time_is_told() -
     torch.testing.assert_close(concat[:, 1:], torch.full((3, 1, 8, 8), 0.3))
     with pytest.raises(ValueError, match="its noise is drawn with that of the images, and here there is none"):
         part({"low_res": low}, Pixels())
-    untold = LowResolution(2, 1, NoiseAugmentation(told=False)).eval()
+    untold = LowResolution(2, 1, NoiseAugmentation(told=None)).eval()
     assert untold(untold.vary({"low_res": low}, lambda shape: noise), Pixels())["concat"].shape == (3, 1, 8, 8)
+
+
+def test_the_time_of_the_noise_may_have_an_embedding_of_its_own() -> None:
+    part = LowResolution(2, 1, NoiseAugmentation(most=0.8, level=0.3, told="embedding"), dropout=0.5).eval()
+    noise = torch.randn(3, 1, 4, 4)
+    condition = part(part.vary({"low_res": images(size=4)}, lambda shape: noise), Pixels())
+    assert condition["concat"].shape == (3, 1, 8, 8)
+    # 300 steps of 1000, which the network counts from 0.
+    assert condition["level"].tolist() == [299.0] * 3
+    null = part.null(condition)
+    assert not null["concat"].any()
+    assert torch.equal(null["level"], condition["level"])
+    net = network(1, level=True)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    assert sum(p.numel() for p in net.level_embed.parameters()) == 16 * 64 + 64 + 64 * 64 + 64
+    x, time = images(), torch.full((3,), 5.0)
+    near, far = (net(x, time, {**condition, "level": torch.full((3,), level)}) for level in (0.0, 500.0))
+    assert not torch.allclose(near, far)
+    with pytest.raises(ValueError, match=r"no level given to a network that needs it, \(3\)"):
+        net(x, time, {"concat": condition["concat"]})
+
+
+def test_a_cascade_with_an_embedded_time_trains_and_is_guided(tmp_path: Path) -> None:
+    part = LowResolution(2, 1, NoiseAugmentation(level=0.4, told="embedding"), dropout=0.1)
+    made = model(part, 1, level=True, guidance=ClassifierFree(1.0))
+    tiny.trainer(tmp_path, 2).fit(made, ImageData(LowResolutionOf(Digits(), 2), batch_size=16))
+    given = {"low_res": images(4, size=4)}
+    four = made.sample(range(4), seed=5, condition=given)
+    torch.testing.assert_close(made.sample([2], seed=5, condition={"low_res": given["low_res"][2:3]}), four[2:3])
+    with pytest.raises(ValueError, match=r"does not embed the time of the noise; .* --model\.network\.level true"):
+        model(LowResolution(2, 1, NoiseAugmentation(told="embedding")), 1)
 
 
 def test_times_of_the_noise_are_uniform_in_training() -> None:

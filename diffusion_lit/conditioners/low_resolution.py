@@ -1,7 +1,9 @@
 """Super-resolution: the network is given the image at a lower resolution."""
 
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_lit.codec import Codec, Shape
@@ -12,6 +14,10 @@ from diffusion_lit.types import Condition, Part
 
 NOISE = "low_res_noise"
 """The entry that holds the noise of an image when sampling."""
+TIME = "low_res_time"
+"""The entry that holds the time to which an image is diffused."""
+LEVEL = "level"
+"""The input of the network that tells it that time."""
 
 
 class NoiseAugmentation(Part):
@@ -22,18 +28,25 @@ class NoiseAugmentation(Part):
     Args:
         most: Largest time in training, in (0, 1] of the process; 1 as in the paper's untruncated variant.
         level: Time in sampling, in [0, most]; searched for after training.
-        told: Whether the network is given the time, as one more channel, of which every pixel is the time.
+        told: How the network is given the time: as one more "channel", of which every pixel is the time; or, as in the
+            paper, by an "embedding" of its own, for which the network needs `level`; null: not at all.
         process: Diffuses them.
 
     Raises:
-        ValueError: If a time is out of range.
+        ValueError: If a time is out of range, or `told` is something else.
 
-    Source: Ho et al. 2021 (cascaded diffusion models), section 4.2. There the time has an embedding of its own.
+    Source: Ho et al. 2021 (cascaded diffusion models), section 4.2.
     """
 
     def __init__(
-        self, most: float = 0.5, level: float = 0.1, told: bool = True, process: Process = DiscreteProcess()
+        self,
+        most: float = 0.5,
+        level: float = 0.1,
+        told: Literal["channel", "embedding"] | None = "channel",
+        process: Process = DiscreteProcess(),
     ) -> None:
+        if told not in ("channel", "embedding", None):
+            raise ValueError(f"conditioner.augmentation.told={told!r} must be 'channel', 'embedding' or null")
         if not 0 < most <= 1 or not 0 <= level <= most:
             raise ValueError(
                 f"conditioner.augmentation: 0 <= level={level} <= most={most} <= 1 and most > 0 must hold; set "
@@ -76,6 +89,28 @@ class LowResolution(Spatial):
         self.factor = factor
         self.channels = channels
         self.augmentation = augmentation
+        if augmentation is not None and augmentation.told == "embedding":
+            self.roles = ("concat", LEVEL)
+
+    def check(self, network: nn.Module) -> None:
+        """Raises ValueError if the network takes no further channels, or not the time of the noise."""
+        super().check(network)
+        if LEVEL in self.roles and not getattr(network, "has_level", False):
+            raise ValueError(
+                f"conditioner.augmentation.told=embedding: this {type(network).__name__} does not embed the time of "
+                "the noise; choose ADMUNet and set --model.network.level true"
+            )
+
+    def forward(self, given: Condition, codec: Codec) -> Condition:
+        augmentation = self.augmentation
+        if augmentation is None or "low_res" not in given:
+            return super().forward(given, codec)
+        time = self._times(augmentation, given["low_res"])
+        made = super().forward({**given, TIME: time}, codec)
+        return {**made, LEVEL: augmentation.process.network_time(time)} if LEVEL in self.roles else made
+
+    def null(self, condition: Condition) -> Condition:
+        return {name: value if name == LEVEL else torch.zeros_like(value) for name, value in condition.items()}
 
     def shape_of(self, entry: str, image_shape: Shape, latent_shape: Shape) -> Shape:
         return self.channels, latent_shape[1] // self.factor, latent_shape[2] // self.factor
@@ -92,13 +127,12 @@ class LowResolution(Spatial):
                 f"low_res: {low.shape[1]} channels, and the conditioner has {self.channels}; set "
                 "--model.conditioner.channels"
             )
-        time = None if self.augmentation is None else self._times(self.augmentation, low)
-        if self.augmentation is not None and time is not None:
-            low = self.augmentation.process.perturb(low, self._noise(given), time).to(low.dtype)
+        if self.augmentation is not None:
+            low = self.augmentation.process.perturb(low, self._noise(given), given[TIME]).to(low.dtype)
         if self.factor > 1:
             low = F.interpolate(low, scale_factor=self.factor, mode="bilinear", align_corners=False)
-        if self.augmentation is not None and self.augmentation.told and time is not None:
-            channel = time.to(low.dtype).view(-1, 1, 1, 1).expand(-1, 1, *low.shape[2:])
+        if self.augmentation is not None and self.augmentation.told == "channel":
+            channel = given[TIME].to(low.dtype).view(-1, 1, 1, 1).expand(-1, 1, *low.shape[2:])
             low = torch.cat([low, channel], 1)
         return low
 

@@ -59,6 +59,9 @@ class GLIDE(MaskConvention):
 class MaskedImage(Spatial):
     """Gives the network the known pixels of `image`, as latents, and `mask`; puts them into finished images.
 
+    Latents are the likeliest ones, scaled as those that are diffused, so that they are a function of the image. (The
+    programs of Stable Diffusion draw them from the posterior.)
+
     Args:
         convention: How the network is told.
         dropout: See `Spatial`.

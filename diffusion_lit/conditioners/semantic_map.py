@@ -47,8 +47,8 @@ class SemanticMap(Spatial):
             source = getattr(source, "source", None)
         if source is not None and source.num_classes > self.num_values:
             raise ValueError(
-                f"conditioner.num_classes={self.num_values}, and the data's maps have {source.num_classes} classes; set "
-                f"--model.conditioner.num_classes {source.num_classes}"
+                f"conditioner.num_classes={self.num_values}, and the data's maps have {source.num_classes} classes; "
+                f"set --model.conditioner.num_classes {source.num_classes}"
             )
 
     def concat(self, given: Condition, codec: Codec) -> Tensor:

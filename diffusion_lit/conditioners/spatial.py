@@ -20,7 +20,7 @@ class Spatial(Conditioner):
         ValueError: If the probability is out of range.
     """
 
-    roles = ("concat",)
+    roles: tuple[str, ...] = ("concat",)
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from diffusion_lit.networks.adm_blocks import Encoder, LayerFactory, group_norm, zero_init
+from diffusion_lit.networks.adm_blocks import Encoder, LayerFactory, TimeEmbedding, group_norm, zero_init
 from diffusion_lit.networks.layers import check_shape, run_block
 from diffusion_lit.types import Condition, Network
 
@@ -43,11 +43,14 @@ class ADMUNet(Encoder, Network):
             transformer, attends; None: there is no context.
         transformer_depth: Blocks of each transformer.
         concat_channels: Channels of the condition `concat`, which is concatenated to the images; 0: there is none.
+        level: Whether the condition `level`, such as the time to which a low-resolution image is noised, is embedded
+            as the time is, by layers of its own, and added to it.
 
     Attributes:
         has_null_label: The argument `null_label`.
         context_width: The argument.
         concat_channels: The argument.
+        has_level: The argument `level`.
         size_multiple: 2^(number of multipliers - 1); attention is at the levels of `image_size`.
 
     Raises:
@@ -57,7 +60,7 @@ class ADMUNet(Encoder, Network):
 
     Source: Dhariwal & Nichol 2021 (ADM), section 3 and table 11. With `head_channels=64`, `out_channels=6` and
     `dropout=0.1` the defaults are its LSUN network, 553 M parameters. Context and concatenation: Rombach et al. 2022
-    (latent diffusion), section 3.3.
+    (latent diffusion), section 3.3. The level: Ho et al. 2021 (cascaded diffusion models), section 4.2.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class ADMUNet(Encoder, Network):
         context_width: int | None = None,
         transformer_depth: int = 1,
         concat_channels: int = 0,
+        level: bool = False,
     ) -> None:
         ends = {"in_channels": in_channels, "out_channels": in_channels if out_channels is None else out_channels}
         check_shape("ADMUNet", image_size, width, multipliers, num_blocks, attention, dropout, num_groups, ends)
@@ -108,6 +112,9 @@ class ADMUNet(Encoder, Network):
         self.checkpoint_blocks = checkpoint_blocks
         self.num_classes = num_classes
         self.has_null_label = null_label
+        self.has_level = level
+        if level:
+            self.level_embed = TimeEmbedding(width, layers.embedding_width)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes + null_label, layers.embedding_width)
 
@@ -161,6 +168,7 @@ class ADMUNet(Encoder, Network):
                 `label` every image has it. The range is not checked, because that would synchronize with the device.
                 `context`: tokens, (B, K, context_width), K at least 1.
                 `concat`: (B, concat_channels, image_size, image_size).
+                `level`: (B,), float32, in the units of `time`.
 
         Returns:
             (B, out_channels, image_size, image_size).
@@ -172,6 +180,8 @@ class ADMUNet(Encoder, Network):
         embedding = self.time_embed(time)
         if self.num_classes is not None:
             embedding = embedding + self.label_emb(self._labels(given.get("label"), x))
+        if self.has_level:
+            embedding = embedding + self.level_embed(self._required(given, "level", (len(x),)))
         context = None
         if self.context_width is not None:
             context = self._required(given, "context", (len(x), None, self.context_width))

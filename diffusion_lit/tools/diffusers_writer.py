@@ -71,6 +71,8 @@ def write_diffusers(model: DiffusionModule, folder: Path) -> None:
 
 def unet_configuration(network: UNet | ADMUNet) -> dict[str, Any]:
     """The config.json of a U-Net; ValueError if diffusers has no such network."""
+    if getattr(network, "has_level", False):
+        raise ValueError("diffusers' networks here have no embedding of a level (level=true); use --to safetensors")
     if isinstance(network, ADMUNet) and network.context_width is not None:
         return unet2d_condition.configuration(network)
     return unet2d.configuration(network)

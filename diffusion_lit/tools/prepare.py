@@ -107,7 +107,10 @@ def store(file: BinaryIO, data: ImageData, split: Split) -> Iterator[int]:
     write_header(file, len(data.dataset(split)), data.image_shape)
     for batch in data.stored_batches(0, 1, BATCH_SIZE, split):
         if more := batch.keys() - stored:
-            raise ValueError(f"{data.dataset(split).name}: `prepare` cannot store {', '.join(sorted(more))}; prepare the images without")
+            raise ValueError(
+                f"{data.dataset(split).name}: `prepare` cannot store {', '.join(sorted(more))}; prepare the images "
+                "without"
+            )
         file.write(batch["image"].numpy().data)
         labels += batch["label"].tolist() if "label" in batch else []
         count += len(batch["image"])

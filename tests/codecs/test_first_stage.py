@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.codecs import FirstStage, first_stage
 from diffusion_lit.configuration import Untrusted
-from diffusion_lit.diffusion import DDIM
+from diffusion_lit.diffusion import DDIM, GradientGuidance, LogLikelihood
 from diffusion_lit.records import describe
 from tests import tiny
 from tests.codecs.first_stages import CODES, autoencoder, digits, latent_model, unet, write
@@ -211,6 +211,16 @@ def refusal(make: Any) -> str:
 def test_clipping_latents_is_refused(kl: str) -> None:
     found = refusal(lambda: latent_model(FirstStage(kl, scale=1.0), sampler=DDIM(3, clip=True)))
     assert found == "sampler.clip=true: latents have no bounds to clip predictions to; set --model.sampler.clip false"
+
+
+def test_clipping_latents_before_they_are_guided_is_refused(kl: str) -> None:
+    class Nearness(LogLikelihood):
+        def __call__(self, x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+            return -x.square().flatten(1).sum(1)
+
+    found = refusal(lambda: latent_model(FirstStage(kl, scale=1.0), guidance=GradientGuidance(Nearness(), clip=True)))
+    assert found == "guidance.clip=true: latents have no bounds to clip predictions to; set --model.guidance.clip false"
+    latent_model(FirstStage(kl, scale=1.0), guidance=GradientGuidance(Nearness()))
 
 
 def test_a_network_for_other_latents_is_refused(kl: str) -> None:

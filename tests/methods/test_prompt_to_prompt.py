@@ -108,6 +108,11 @@ def test_afterwards_the_network_computes_what_it_did(guided: DiffusionModule) ->
     assert [a.keys() for a in after] == [b.keys() for b in layers]
 
 
+def test_both_images_of_a_pair_are_counted(guided: DiffusionModule) -> None:
+    edited = Edited(guided, PromptToPrompt(replace="three:seven"))
+    assert edited.evaluations(DDIM(5)) == 10
+
+
 def test_outside_of_all_windows_the_new_image_is_the_new_text_s_own(guided: DiffusionModule) -> None:
     edit = PromptToPrompt(replace="three:seven", cross=(0, 0), self_attention=(0, 0))
     own = sample(guided, texts=[text.replace("three", "seven") for text in SOURCES])

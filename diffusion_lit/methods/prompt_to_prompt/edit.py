@@ -133,6 +133,10 @@ class PromptToPrompt(Edit):
         pair = self.pair(model, noise, condition, sampler, on_step)
         return model.finished(pair[len(pair) // 2 :], shown)
 
+    def evaluations(self, model: DiffusionModule, sampler: Sampler) -> int:
+        """Twice those of the model: the image before the change is drawn too."""
+        return 2 * model.evaluations(sampler)
+
     def pair(
         self,
         model: DiffusionModule,
