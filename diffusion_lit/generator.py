@@ -200,6 +200,13 @@ class Generator(System):
         raise ValueError(f"a {type(self).__name__} has no intermediate steps to show")
 
     def predict_step(self, batch: Request, batch_idx: int) -> Generated:
+        if not len(batch["index"]):
+            # The share of a process for which there was no batch; nothing says what its images would show.
+            return {
+                "index": batch["index"],
+                "image": torch.empty(0, *self.image_shape).to(torch.uint8),
+                "condition": {},
+            }
         condition = batch["condition"] or self.conditions()(batch["index"].cpu())
         trainer = attached_trainer(self)
         bar = None if trainer is None else trainer.progress_bar_callback

@@ -12,6 +12,7 @@ from diffusion_lit.evaluation import Evaluation
 from diffusion_lit.generator import Generator
 from diffusion_lit.loggers import read_curves
 from diffusion_lit.metrics import Pixels
+from diffusion_lit.requests import Requests
 from tests import forked, systems, tiny
 
 STEPS = 6
@@ -133,3 +134,15 @@ def test_predict_makes_the_averaged_model_s_images_from_seed_and_index_alone(
     six = system.sample(range(6), seed=5, condition=given(torch.arange(6)))
     two = system.sample([4, 1], seed=5, condition=given(torch.tensor([4, 1])))
     torch.testing.assert_close(two, six[[4, 1]], atol=1e-5, rtol=0)
+
+
+def test_a_process_without_images_makes_none_whatever_images_are_made_from(
+    make: Callable[[], Generator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = make()
+    # As of a generator whose images depend on examples, where there are none.
+    monkeypatch.setattr(type(system), "entries", ("caption",))
+    [request] = list(Requests(3, 4).loader(rank=1, world_size=2))
+    made = system.predict_step(request, 0)
+    assert made["image"].shape == (0, *system.image_shape)
+    assert made["image"].dtype == torch.uint8
