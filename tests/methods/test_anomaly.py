@@ -32,7 +32,7 @@ from diffusion_lit.methods.anomaly.module import AnoDDPM
 from diffusion_lit.methods.anomaly.scores import Scoring
 from diffusion_lit.methods.feature_network import FeatureNetworkModule
 from diffusion_lit.networks import ConvClassifier
-from diffusion_lit.records import RESULTS, read_records
+from diffusion_lit.records import RESULTS, NonFinite, read_records
 from diffusion_lit.types import Condition, Network
 from tests import tiny
 from tests.forked import fork, in_two, wait
@@ -276,6 +276,24 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert len(files[0]) == 2 * 37 + 1
     for file in files[0]:
         assert (tmp_path / "one" / "out" / file).read_bytes() == (tmp_path / "two" / "out" / file).read_bytes(), file
+
+
+def test_nothing_is_found_in_no_images_as_a_process_without_a_share_has_them() -> None:
+    system = model()
+    found = system.detect(images(0), [])
+    assert [len(values) for values in found] == [0] * 4
+    assert found.anomaly_map.shape == (0, *system.image_shape[1:])
+    made = system.predict_step({"image": torch.zeros(0, 1, 8, 8).byte(), "index": torch.zeros(0).long(), "seed": 0}, 0)
+    assert made["anomaly_map"].shape == (0, 8, 8)
+
+
+def test_a_reconstruction_that_is_not_finite_is_refused() -> None:
+    system = model()
+    with torch.no_grad():
+        for parameter in system.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(NonFinite, match="2 of 2 images have values that are not finite"):
+        system.detect(images(2), range(2))
 
 
 # Training

@@ -16,6 +16,7 @@ from diffusion_lit.data.mvtec import GOOD
 from diffusion_lit.diffusion import DiscreteProcess, ImageNoise
 from diffusion_lit.evaluation.measure import Record, known, measure
 from diffusion_lit.evaluation.table import fill
+from diffusion_lit.generator import check_finite
 from diffusion_lit.images import from_uint8, to_uint8
 from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.methods.anomaly.maps import Detector, Found, smooth
@@ -125,16 +126,23 @@ class AnoDDPM(DiffusionModule):
             indices: Which images these are, (B,): what is found in image i depends on the image, the seed and i alone.
             seed: Of the noise.
             on_step: Called after every sampling step.
+
+        Raises:
+            NonFinite: If a value of a reconstruction is infinite or not a number.
         """
         images = images.to(self.device)
+        if not len(images):
+            return Found(images, images, images[:, 0], images.flatten(1).sum(1))
 
         def work(chosen: slice, part: int, num_parts: int) -> Found:
             shifted = shift_steps(on_step, part, num_parts)
             return self._detect(images[chosen], self.noise(indices[chosen], seed), shifted)
 
         with self.evaluating():
-            parts, _ = in_memory(work, len(images), max(len(images), 1), "while looking for anomalies")
-        return Found(*(torch.cat(values) for values in zip(*parts, strict=True)))
+            parts, _ = in_memory(work, len(images), len(images), "while looking for anomalies")
+        found = Found(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        check_finite(found.reconstruction, indices, seed)
+        return found
 
     def _detect(self, images: Tensor, noise: ImageNoise, on_step: StepFn | None) -> Found:
         count = self.detector.num_reconstructions
