@@ -150,3 +150,27 @@ def test_what_a_part_of_a_part_refuses_is_said_alone(capfd: pytest.CaptureFixtur
     said = outcome(["fit", "-c", "ct_digits", *given], capfd)
     assert said.startswith("diffusion_lit: error: grid.indices=[0, 22] must end at the last level, 39: ")
     assert said.endswith("; append 39")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            {"conditioner": "ClassContext", "conditioner.num_classes": "0"},
+            "conditioner.num_classes=0 and width=512 must",
+        ),
+        ({"guidance": "ClassifierFree", "guidance.rescale": "-1"}, "guidance.rescale=-1"),
+        (
+            {"guidance": "TrainedClassifier", "guidance.checkpoint": "none.ckpt"},
+            "guidance.checkpoint=none.ckpt: there is",
+        ),
+        ({"codec": "FirstStage"}, "codec: there is no first stage"),
+    ],
+)
+def test_what_an_optional_part_says_is_all_that_is_said(
+    options: dict[str, str], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for key, value in options.items() for word in (f"--model.{key}", value)]
+    said = outcome(["fit", "-c", "digits_cfg", *CPU, *words], capfd)
+    assert said.startswith(f"diffusion_lit: error: {line}"), said
+    assert "Union" not in said
