@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion_lit import stepping
-from diffusion_lit.data.fitting import check_class_names, check_images
+from diffusion_lit.data.fitting import check_class_names, check_images, check_same_classes
 from diffusion_lit.data.tuples import Tuples
 from diffusion_lit.execution import Execution
 from diffusion_lit.optimization import named_errors, optimization
@@ -170,10 +170,12 @@ class System(Weighted):
         if stage == "fit":
             self.check_training(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "class_names", None) if stage == "fit" and self.num_classes is not None else None
+        names = None if stage == "predict" or self.num_classes is None else getattr(data, "class_names", None)
         if names is not None and self.num_classes is not None:
-            self.class_names = list(names)
-            check_class_names(self.class_names, self.num_classes)
+            check_class_names(names, self.num_classes)
+            # Before a fit these may be of another training; a checkpoint to continue from is read later.
+            trained = None if stage == "fit" else self.class_names
+            self.class_names = list(names) if trained is None else check_same_classes(names, trained)
         if stage != "predict":
             check_images(data, name, self.image_shape, self.needs_pixels)
         self.execute(getattr(self.trainer, "execution", Execution()))

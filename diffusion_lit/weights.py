@@ -15,6 +15,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from diffusion_lit.averaging import WeightAverages
 from diffusion_lit.checkpoint import AVERAGED, RAW, choose_weights
+from diffusion_lit.data.fitting import check_same_classes
 from diffusion_lit.lightning import attached_trainer, rewind_to_step
 from diffusion_lit.recorded import NotRecorded, configuration_of
 from diffusion_lit.types import Part
@@ -217,7 +218,8 @@ class Weighted(L.LightningModule, Part):
             ValueError: If the checkpoint's tensors are not those of this module, or a weight is not finite.
         """
         self._check_fits(checkpoint["state_dict"], checkpoint)
-        self.class_names = checkpoint.get("class_names") or self.class_names
+        trained = checkpoint.get("class_names") or self.class_names
+        self.class_names = None if trained is None else check_same_classes(self.class_names or trained, trained)
         trainer = attached_trainer(self)
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             self.averages = None

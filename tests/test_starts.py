@@ -18,14 +18,14 @@ from diffusion_lit.requests import Requests
 from tests import forked, tiny
 
 
-def folder(root: Path, classes: str = "abc") -> ImageData:
+def folder(root: Path, classes: str = "abc", **kwargs: Any) -> ImageData:
     generator = np.random.default_rng(0)
     for name in classes:
         for i in range(3):
             path = root / name / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    return ImageData(Folder(str(root), image_size=8, channels=1), batch_size=4)
+    return ImageData(Folder(str(root), image_size=8, channels=1, **kwargs), batch_size=4)
 
 
 def conditional(num_classes: int, null_label: bool = True, **kwargs: Any) -> DiffusionModule:
@@ -53,6 +53,40 @@ def test_fewer_classes_in_the_data_are_said_and_only_these_are_shown(tmp_path: P
         tiny.trainer(tmp_path / "run", 1).fit(system, folder(tmp_path / "data"))
     assert system.conditions()(torch.arange(3))["label"].tolist() == [0, 1, 2]
     assert tiny.load(tiny.last(tmp_path / "run"))["class_names"] == ["a", "b", "c"]
+
+
+def test_classes_of_another_meaning_are_refused_when_a_run_continues_and_in_every_evaluation(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny.trainer(run, 1).fit(conditional(3), folder(tmp_path / "data"))
+    other = folder(tmp_path / "other", "acx", val_root=str(tmp_path / "other"))
+    line = r"label 1 is 'c' in the data, and 'b' to the model, which was trained on the classes a, b, c"
+    with pytest.raises(ValueError, match=line):
+        tiny.trainer(run, 2).fit(conditional(3), other, ckpt_path="last")
+    for command in ("validate", "test"):
+        with pytest.raises(ValueError, match=line):
+            getattr(tiny.trainer(run, limit_val_batches=1), command)(conditional(3), other, str(tiny.last(run)))
+    # Other classes altogether: a new run.
+    tiny.trainer(tmp_path / "new", 1).fit(conditional(3), other, init_from=str(tiny.last(run)))
+    assert tiny.load(tiny.last(tmp_path / "new"))["class_names"] == ["a", "c", "x"]
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_more_classes_in_the_data_than_in_the_network_are_refused_in_evaluations_too(
+    command: str, tmp_path: Path
+) -> None:
+    tiny.trainer(tmp_path / "run", 1).fit(conditional(3), folder(tmp_path / "data"))
+    data = folder(tmp_path / "more", "abcd", val_root=str(tmp_path / "more"))
+    evaluate = getattr(tiny.trainer(tmp_path / "run", limit_val_batches=1), command)
+    with pytest.raises(ValueError, match=r"the data have 4 classes \(a, b, c, d\) but the network has num_classes=3"):
+        evaluate(conditional(3), data, str(tiny.last(tmp_path / "run")))
+
+
+def test_a_run_may_continue_with_further_classes_at_the_end(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="only 3 classes"):
+        tiny.trainer(run, 1).fit(conditional(4), folder(tmp_path / "data"))
+    tiny.trainer(run, 2).fit(conditional(4), folder(tmp_path / "more", "abcd"), ckpt_path="last")
+    assert tiny.load(tiny.last(run))["class_names"] == ["a", "b", "c", "d"]
 
 
 def test_a_network_with_classes_refuses_data_without_labels(tmp_path: Path) -> None:

@@ -47,3 +47,22 @@ def check_class_names(names: Sequence[str], num_classes: int) -> None:
             f"the network has num_classes={num_classes} but the data have only {len(names)} classes "
             f"({listed}): it learns nothing about the others, and shows these alone unless asked otherwise"
         )
+
+
+def check_same_classes(names: Sequence[str], trained: Sequence[str]) -> list[str]:
+    """Compares the classes of the data with those that a model was trained on; one of them may have more at its end.
+
+    Returns:
+        The longer list.
+
+    Raises:
+        ValueError: If a label means one class in the data and another to the model.
+    """
+    for label, (given, known) in enumerate(zip(names, trained, strict=False)):
+        if given != known:
+            raise ValueError(
+                f"label {label} is {given!r} in the data, and {known!r} to the model, which was trained on the classes "
+                f"{', '.join(trained[:10])}{', ...' if len(trained) > 10 else ''}; give data with these classes in "
+                "this order, or train on others by a new run with --init_from"
+            )
+    return list(max(names, trained, key=len))

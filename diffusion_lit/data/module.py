@@ -95,8 +95,9 @@ class ImageData(L.LightningDataModule, Part):
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """Names of the classes of the training images, in the order of the labels; None if there are none."""
-        return self.dataset("train").class_names
+        """Names of the classes, in the order of the labels; None if there are none. All splits have the same."""
+        loaded = next((images for images in self._datasets.values() if images is not None), None)
+        return (self.dataset("train") if loaded is None else loaded).class_names
 
     def prepare_data(self) -> None:
         self.source.prepare()
