@@ -1,5 +1,6 @@
 """The tables there are: DDIM's, every sampler, averages of the weights, training steps, guidance scales."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
@@ -43,6 +44,8 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
 """FID over 50,000 images. Source: Song et al. 2021 (DDIM), table 1."""
 NETWORKS = {"cifar10": 35_746_307, "celeba64": 78_700_803}
 """Numbers of weights of the networks of this table."""
+DATA = {"cifar10": r"cifar10(?!\d)", "celeba64": r"celeba(?!_?(hq|mask|v))"}
+"""Patterns of the names of their data, in small letters and without hyphens: neither CIFAR-100 nor CelebA-HQ."""
 
 
 class DDIMTable(Table):
@@ -116,7 +119,7 @@ class DDIMTable(Table):
         process, denoiser = record.get("process") or {}, getattr(generator, "denoiser", None)
         return (
             self.published is not None
-            and any(self.published.removesuffix("64") in name for name in names)
+            and any(re.search(DATA[self.published], name) for name in names)
             and "fid" in record["scores"]
             and (process.get("num_steps"), process.get("schedule")) == (1000, describe(Linear()))
             and denoiser is not None

@@ -22,9 +22,10 @@ from diffusion_lit.evaluation import (
     SamplerTable,
     StepTable,
     Table,
+    tables,
 )
 from diffusion_lit.evaluation.table import Forecast
-from diffusion_lit.evaluation.tables import PUBLISHED
+from diffusion_lit.evaluation.tables import NETWORKS, PUBLISHED
 from diffusion_lit.images import from_uint8
 from diffusion_lit.metrics import Agreement, FrechetDistance, Pixels, PrecisionRecall
 from diffusion_lit.module import DiffusionModule
@@ -106,12 +107,24 @@ def test_published_values_stand_only_beside_their_own_data_features_process_and_
     assert not table.compares(DiffusionModule(UNet(width=64), sampler=DDIM(2)), record)
     for name, value in (
         ("references", [{"name": "Digits train"}]),
+        ("references", [{"name": "data/cifar100 (train)"}]),
         ("references", []),
         ("scores", {"frechet/pixels": 5.0}),
         ("process", describe(DiscreteProcess(500))),
         ("process", {**record["process"], "schedule": {"class": "Cosine"}}),
     ):
         assert not table.compares(paper, {**record, name: value}), name
+    for published, name, same in (
+        ("cifar10", "data/cifar-10 (train)", True),
+        ("celeba64", "data/CelebA/64 (train)", True),
+        ("celeba64", "data/celeba_hq (train)", False),
+        ("celeba64", "data/CelebA-HQ (train)", False),
+    ):
+        names = NETWORKS | {published: sum(p.numel() for p in paper.denoiser.parameters())}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tables, "NETWORKS", names)
+            found = DDIMTable(published=published).compares(paper, {**record, "references": [{"name": name}]})
+        assert found == same, name
 
 
 def test_where_published_values_apply_they_stand_in_brackets_with_their_source(checkpoint: Path) -> None:
