@@ -230,18 +230,21 @@ class Generation(L.LightningDataModule):
 
 
 def make_room(directory: Path, replace: bool) -> None:
-    """Keeps images of two predictions apart.
+    """Keeps what a prediction writes apart from everything else, so that other programs can score the folder.
 
     Args:
         directory: Where images are written.
-        replace: Whether images there may be removed; else they are an error.
+        replace: Whether earlier images there may be removed; else whatever is there is an error.
 
     Raises:
-        ValueError: If there are images that may not be removed.
+        ValueError: If there is something that may not be removed.
     """
-    there = sorted(directory.glob("[0-9]" * 6 + ".png"))
+    there = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
     if there and not replace:
-        raise ValueError(f"{directory} holds {len(there)} images already; choose another directory with --out")
-    for path in there:
+        raise ValueError(
+            f"{directory} is not empty ({len(there)} entries, first {there[0].name}); choose another directory with "
+            "--out"
+        )
+    for path in directory.glob("[0-9]" * 6 + ".png"):
         path.unlink()
         path.with_suffix(".txt").unlink(missing_ok=True)

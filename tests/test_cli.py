@@ -633,8 +633,24 @@ def test_images_of_two_predictions_never_mix(
     assert [path.name for path in sorted(directory.glob("0*.png"))] == ["000000.png"]
     with pytest.raises(SystemExit):
         cli.main([*args, "--num_images", "1", "--out", str(directory)])
-    assert "holds 1 images already" in capsys.readouterr().err.splitlines()[-1]
+    assert "is not empty (1 entries, first 000000.png)" in capsys.readouterr().err.splitlines()[-1]
     assert (directory / "000000.png").is_file()
+
+
+def test_samples_go_into_no_folder_of_other_files_and_the_empty_one_that_one_stands_in_will_do(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["predict", "--ckpt_path", checkpoint, *CPU, *QUIET, "--num_images", "1", "--model.sampler.steps", "1"]
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "holiday.png").touch()
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--out", str(tmp_path / "full")])
+    assert "is not empty (1 entries, first holiday.png)" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.chdir(tmp_path / "empty")
+    cli.main([*args, "--out", "."])
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["000000.png"]
+    assert (tmp_path / "empty_grid.png").is_file()
 
 
 def test_a_run_s_configuration_serves_for_another_run(run_dir: Path, tmp_path: Path) -> None:
