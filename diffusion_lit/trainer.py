@@ -211,6 +211,7 @@ class Trainer(L.Trainer):
             ckpt_path: The checkpoint to look at.
             weights: "averaged", "raw", or the decay of a further average.
         """
+        require_batches("limit_val_batches", self.limit_val_batches)
         with held_weights(model, ckpt_path, weights):
             return super().validate(model, datamodule=datamodule)
 
@@ -229,6 +230,7 @@ class Trainer(L.Trainer):
             ckpt_path: The checkpoint to look at.
             weights: "averaged", "raw", or the decay of a further average.
         """
+        require_batches("limit_test_batches", self.limit_test_batches)
         with held_weights(model, ckpt_path, weights):
             return super().test(model, datamodule=datamodule)
 
@@ -293,7 +295,8 @@ class Trainer(L.Trainer):
             requests = asked_requests(conditions, num_images, batch_size, seed)
             source = "" if ckpt_path is None else f"{Path(ckpt_path).stem}_"
             default = Path(self.default_root_dir) / "predictions" / f"{source}seed_{seed}"
-            directory = default if out is None else Path(out)
+            # Not as it was given: "." has no name, after which the files beside the folder are called.
+            directory = default if out is None else Path(os.path.abspath(out))
             if self.is_global_zero:
                 require_writable(directory)
                 make_room(directory, replace=out is None)
@@ -326,6 +329,14 @@ class Trainer(L.Trainer):
         problem = save(self, os.fspath(filepath), bool(weights_only))
         if problem is not None:
             rank_zero_warn(f"{problem}; training continues")
+
+
+def require_batches(option: str, limit: float) -> None:
+    """Raises ValueError if an option leaves a command no batch, without which Lightning does nothing at all."""
+    if limit == 0:
+        raise ValueError(
+            f"trainer.{option}=0 leaves nothing to do, scores included; leave it out, or set it to at least 1"
+        )
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:

@@ -274,6 +274,12 @@ def test_another_progress_bar_replaces_ours(tmp_path: Path) -> None:
     assert tiny.trainer(tmp_path, callbacks=bars[:1], enable_progress_bar=False).progress_bar_callback is None
 
 
+@pytest.mark.parametrize(("command", "option"), [("validate", "limit_val_batches"), ("test", "limit_test_batches")])
+def test_an_evaluation_without_a_batch_is_refused(command: str, option: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer\.{option}=0 leaves nothing to do"):
+        getattr(tiny.trainer(tmp_path, **{option: 0}), command)(tiny.module(), tiny.data())
+
+
 def test_a_trainer_made_without_options_counts_steps(tmp_path: Path) -> None:
     trainer = Trainer(default_root_dir=str(tmp_path), accelerator="cpu", devices=1, logger=False, max_steps=3)
     assert (trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.max_steps) == (-1, None, 3)
