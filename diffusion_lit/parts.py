@@ -31,7 +31,7 @@ _EXTERNAL: dict[str, tuple[str, ...] | None] = {
     "torch.optim": None,
     "torch.optim.lr_scheduler": None,
     "lightning.pytorch.loggers": (
-        *("CSVLogger", "TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CometLogger", "NeptuneLogger"),
+        *("CSVLogger", "TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CometLogger", "LitLogger"),
     ),
     "lightning.pytorch.callbacks": (
         *("DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler", "LearningRateMonitor"),
