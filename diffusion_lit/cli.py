@@ -55,20 +55,24 @@ class Parser(LightningArgumentParser):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes <run>/config.yaml once a run has started or continues, so that one that is refused leaves the file alone.
+    """Writes <run>/config.yaml once a run has trained on a batch, so that one that is refused leaves the file alone.
 
     The loggers' directory, which the command line has filled in, is left out: the file serves for another run too.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
+        self._is_written = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Nothing yet: what is wrong with a checkpoint shows later."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         log_hyperparams(trainer, trainer.resolved_config)
-        if trainer.is_global_zero:
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.is_global_zero and not self._is_written:
+            self._is_written = True
             with if_possible(str(Path(trainer.default_root_dir) / self.config_filename)):
                 self.save_config(trainer, pl_module, "fit")
 

@@ -5,7 +5,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, ClassVar, NotRequired, TypeAlias, TypedDict, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +15,12 @@ class Part(ABC):  # noqa: B024
 
     So a module that was put together in Python can write its configuration into its checkpoints: see
     `recorded.configuration_of`. A subclass needs no more than an ordinary `__init__`.
+
+    Attributes:
+        only_at_start: Arguments that a run reads when it begins and never again; one that continues keeps them.
     """
+
+    only_at_start: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,5 +1,6 @@
 """A run that continues with other options: they win and are printed, or are refused; without any it is bit-exact."""
 
+import inspect
 import logging
 import math
 import re
@@ -22,6 +23,10 @@ from torch.optim.lr_scheduler import (
 )
 
 from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
+from diffusion_lit.callbacks.changes import DESCRIBED, require_kept
+from diffusion_lit.codecs import FirstStage
+from diffusion_lit.conditioners.tokenizer import WordPiece
+from diffusion_lit.methods.progressive_distillation import ProgressiveDistillation
 from diffusion_lit.optimization import optimization
 from diffusion_lit.system import System
 from tests import tiny
@@ -183,6 +188,85 @@ def test_changed_options_win_and_are_printed(
             k: OLD[k] for k in ("betas", "eps", "weight_decay")
         }
         assert group["lr"] == pytest.approx(cosine(2e-3, **COSINE)(END), rel=1e-9)
+
+
+def without_record(run_dir: Path, *entries: str) -> None:
+    """Takes entries out of a run's checkpoint, such as those that older versions did not write."""
+    checkpoint = tiny.load(tiny.last(run_dir))
+    torch.save({name: value for name, value in checkpoint.items() if name not in entries}, tiny.last(run_dir))
+
+
+@pytest.mark.parametrize("change", ["lr", "betas", "T_max", "another schedule", "no schedule"])
+def test_they_win_too_where_a_checkpoint_does_not_say_how_its_optimisers_were_made(
+    begun: tuple[str, Path], change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, place = begun
+    make_system, number, prefix = SYSTEMS[name]
+    changed, settings, rate, lines = CHANGES[change]
+    shutil.copytree(place, tmp_path / "run")
+    without_record(tmp_path / "run", DESCRIBED, "config")
+    rates = Rates(number)
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path / "run", make_system(changed), END, rates)
+    assert rates.rates == pytest.approx([rate(k) for k in range(DONE, END)], rel=1e-9)
+    said = [r.getMessage() for r in caplog.records if " -> " in r.getMessage()]
+    [line] = said
+    # Which class a schedule had is not known without a configuration.
+    assert line.startswith(
+        f"model.{prefix}{lines[0] if settings or change == 'T_max' else 'lr_scheduler: another schedule ->'}"
+    )
+    [group] = tiny.load(tiny.last(tmp_path / "run"))["optimizer_states"][number]["param_groups"]
+    assert {key: group[key] for key in settings if key != "lr"} == {k: v for k, v in settings.items() if k != "lr"}
+
+
+def test_without_such_a_record_unchanged_options_change_nothing(
+    begun: tuple[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, place = begun
+    for run in ("with", "without"):
+        shutil.copytree(place, tmp_path / run)
+    without_record(tmp_path / "without", DESCRIBED)
+    with caplog.at_level(logging.INFO):
+        for run in ("with", "without"):
+            fit(tmp_path / run, SYSTEMS[name][0](make()), DONE + 2)
+    a, b = (tiny.load(tiny.last(tmp_path / run)) for run in ("with", "without"))
+    assert [
+        key for key in ("state_dict", "optimizer_states", "lr_schedulers") if not tiny.identical(a[key], b[key])
+    ] == []
+    assert " -> " not in caplog.text
+
+
+def test_the_trainer_s_options_that_change_results_are_printed_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, one(make()), 2)
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, one(make()), 3, gradient_clip_val=0.5, precision="bf16-mixed", accumulate_grad_batches=2)
+    said = sorted(r.getMessage() for r in caplog.records if " -> " in r.getMessage())
+    assert said == [
+        "trainer.accumulate_grad_batches: 1 -> 2, from step 3 on",
+        "trainer.gradient_clip_val: 1.0 -> 0.5, from step 3 on",
+        "trainer.precision: 32-true -> bf16-mixed, from step 3 on",
+    ]
+
+
+def test_what_only_the_beginning_of_a_run_reads_may_not_change() -> None:
+    def tree(**codec: Any) -> dict[str, Any]:
+        part = {"class_path": "diffusion_lit.codecs.FirstStage", "init_args": {"checkpoint": "a", **codec}}
+        return {"model": {"class_path": "diffusion_lit.module.DiffusionModule", "init_args": {"codec": part}}}
+
+    require_kept(tree(per_channel=False), tree(per_channel=False, checkpoint="b"), "")
+    require_kept(tree(), tree(per_channel=True), "")
+    with pytest.raises(
+        ValueError, match=r"^model\.codec\.per_channel: False -> True: only the beginning of a run reads it"
+    ):
+        require_kept(tree(per_channel=False), tree(per_channel=True), "")
+
+
+def test_every_argument_that_only_the_beginning_reads_exists() -> None:
+    for part in (FirstStage, WordPiece, ProgressiveDistillation):
+        assert set(part.only_at_start) <= inspect.signature(part).parameters.keys()
+        assert part.only_at_start
 
 
 def test_unchanged_options_change_nothing(

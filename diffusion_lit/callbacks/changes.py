@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from diffusion_lit.optimization import TORCH_ERRORS, HeldCosine, named_errors, schedule_key, schedules
-from diffusion_lit.parts import path_of
+from diffusion_lit.parts import import_part, path_of
 
 DESCRIBED = "optimization"
 """The entry of a checkpoint that says how its optimisers and schedules were made."""
+TRAINER = "trainer_options"
+"""The entry of a checkpoint that holds those options of its trainer that change results."""
 _MOVING = (
     *("base_lrs", "last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step", "verbose"),
     *("_batch_size", "_images_before", "_steps_before"),
@@ -55,10 +57,14 @@ class ChangedOptions(L.Callback):
         if checkpoint is None:
             return
         old, new = checkpoint.get("config"), getattr(pl_module, "config", None)
+        if old and new:
+            require_kept(old, new, "")
         changes = list(differences(old, new, "")) if old and new else []
-        before = checkpoint.get(DESCRIBED)
-        if before is not None and len(before) == len(made):
-            keys = optimizer_keys(pl_module, len(made))
+        if TRAINER in checkpoint:
+            changes += differences(checkpoint[TRAINER], options_of(trainer), "trainer")
+        keys = optimizer_keys(pl_module, len(made))
+        before = checkpoint.get(DESCRIBED) or inferred(checkpoint, self._described, keys)
+        if len(before) == len(made):
             ours = tuple(f"model.{name}" for key in keys for name in (key, schedule_key(key)))
             changes = [change for change in changes if not change[0].startswith(ours)]
             changes += edit(checkpoint, made, before, self._described, keys)
@@ -78,6 +84,67 @@ class ChangedOptions(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if "optimizer_states" in checkpoint:
             checkpoint[DESCRIBED] = copy.deepcopy(self._described)
+            checkpoint[TRAINER] = options_of(trainer)
+
+
+def options_of(trainer: L.Trainer) -> dict[str, Any]:
+    """The options of a trainer that change results."""
+    return {
+        "precision": str(trainer.precision),
+        "gradient_clip_val": getattr(trainer, "clip_norm", trainer.gradient_clip_val),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+    }
+
+
+def inferred(
+    checkpoint: Mapping[str, Any], now: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """How the optimisers of a checkpoint were made that does not say so, by its configuration and by what they hold.
+
+    Args:
+        checkpoint: Of an older version of this package, or of a plain trainer.
+        now: How the new ones were made; their classes stand for those that are not known.
+        keys: The arguments that made the optimisers.
+
+    Returns:
+        As `described`, for each optimiser of the checkpoint.
+    """
+    model = (checkpoint.get("config") or {}).get("model") or {}
+    arguments_of = {n: part for n, part in (model.get("init_args") or {}).items() if isinstance(part, Mapping)}
+    parts = {name: part.get("class_path") for name, part in arguments_of.items()}
+    found, left = [], list(checkpoint["lr_schedulers"])
+    for new, state, key in zip(now, checkpoint["optimizer_states"], keys, strict=False):
+        group = {name: plain(value) for name, value in state["param_groups"][0].items()}
+        group["lr"] = group.get("initial_lr", group.get("lr"))
+        options = {name: group.get(name, value) for name, value in new["options"].items()}
+        # Schedules mark the groups of their optimiser.
+        schedule = plain(left.pop(0)) if "initial_lr" in group and left else None
+        is_alike = schedule is not None and schedule.keys() == new["schedule"].keys()
+        kind = parts.get(schedule_key(key)) or (new["lr_scheduler"] if is_alike else "another schedule")
+        found.append({
+            "optimizer": parts.get(key) or new["optimizer"],
+            "options": options,
+            "lr_scheduler": None if schedule is None else kind,
+            "schedule": {} if schedule is None else {k: schedule.get(k, v) for k, v in new["schedule"].items()},
+        })  # fmt: skip
+    return found
+
+
+def require_kept(old: Any, new: Any, key: str) -> None:
+    """Raises ValueError if an option was changed that only the beginning of a run reads."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping) or old.get("class_path") != new.get("class_path"):
+        return
+    fixed = getattr(import_part(new["class_path"]), "only_at_start", ()) if "class_path" in new else ()
+    for name in old.keys() & new.keys():
+        if name == "init_args":
+            for option in sorted(set(fixed) & set(old[name] or ()) & set(new[name] or ())):
+                was, now = old[name][option], new[name][option]
+                if was != now:
+                    raise ValueError(
+                        f"{key}.{option}: {_text(was)} -> {_text(now)}: only the beginning of a run reads it; leave it "
+                        "as it was, or start a new run in another --trainer.default_root_dir"
+                    )
+        require_kept(old[name], new[name], key if name == "init_args" else f"{key}.{name}" if key else str(name))
 
 
 def edit(

@@ -53,6 +53,8 @@ class FirstStage(nn.Module, Codec):
     shift: Tensor
     scale: Tensor
 
+    only_at_start = ("per_channel", "num_images")
+
     def __init__(
         self,
         checkpoint: str | None = None,

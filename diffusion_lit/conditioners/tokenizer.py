@@ -98,6 +98,8 @@ class WordPiece(Tokenizer):
     Source: Schuster & Nakajima 2012; Devlin et al. 2019 (BERT); its use here: Rombach et al. 2022, appendix E.2.1.
     """
 
+    only_at_start = ("file", "lowercase")
+
     def __init__(self, file: str | None = None, lowercase: bool = True) -> None:
         super().__init__()
         self.file = file

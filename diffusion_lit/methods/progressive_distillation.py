@@ -117,6 +117,8 @@ class ProgressiveDistillation(Objective):
     Source: Salimans & Ho 2022, algorithm 2.
     """
 
+    only_at_start = ("teacher",)
+
     def __init__(
         self,
         teacher: str,
@@ -224,8 +226,20 @@ class ProgressiveDistillation(Objective):
         self._set_steps(self._steps_in(stage_at(self.stages, max(steps - 1, 0))))
 
     def stepped(self, step: int, denoiser: Denoiser, seen: Seen, gather: GatherFn) -> None:
+        """Makes the student the next teacher at the end of a stage.
+
+        Raises:
+            ValueError: If the options of a run that continues have another student than its next one.
+        """
         stage = stage_at(self.stages, step)
-        if self._steps_in(stage) != self.steps:
+        steps = self._steps_in(stage)
+        if steps not in (self.steps, self.steps // 2):
+            raise ValueError(
+                f"objective.stages={self.stages} and last_steps={self.last_steps} have a student of {steps} steps at "
+                f"step {step} of the training, and the run has one of {self.steps}, whose successor has "
+                f"{self.steps // 2}; change only the lengths of stages that are still to come"
+            )
+        if steps != self.steps:
             self._promote(denoiser, stage)
 
     def state_dict(self) -> dict[str, Tensor]:
