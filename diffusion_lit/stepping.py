@@ -1,7 +1,7 @@
 """What a training step needs besides a system: seeds, gradients of several processes, logs, explanations."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -123,3 +123,23 @@ def gather(tensor: Tensor, world_size: int) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size)]
     torch.distributed.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def means(totals: Mapping[str, Tensor], world_size: int) -> dict[str, float]:
+    """Means over all images of all processes, of which some may have had none; collective.
+
+    Args:
+        totals: As from `totals`, added up over the batches of this process.
+        world_size: Number of processes.
+    """
+    own = {name: total.tolist() for name, total in totals.items()}
+    parts: list[Any] = [own]
+    if world_size > 1:
+        parts = [None] * world_size
+        torch.distributed.all_gather_object(parts, own)
+    found = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+        if sum(counts):
+            found[name] = sum(sums) / sum(counts)
+    return found

@@ -4,6 +4,7 @@ A system writes `losses` and gets the rest. A system with several optimisers set
 writes a `training_step` made of `update` and `finish_step`.
 """
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, cast
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +24,7 @@ from diffusion_lit.data.fitting import check_class_names, check_images, check_sa
 from diffusion_lit.data.tuples import Tuples
 from diffusion_lit.execution import Execution
 from diffusion_lit.optimization import named_errors, optimization
+from diffusion_lit.records import NonFinite
 from diffusion_lit.types import Batch, batch_size
 from diffusion_lit.weights import Weighted
 
@@ -390,12 +393,8 @@ class System(Weighted):
         self._log_totals("test")
 
     def _log_totals(self, stage: str) -> None:
-        """Logs means over all images of all processes, of which some may have had none; collective."""
-        parts: list[Any] = [{name: total.tolist() for name, total in self._totals.items()}]
-        if self.trainer.world_size > 1:
-            parts = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(parts, {name: total.tolist() for name, total in self._totals.items()})
-        for name in dict.fromkeys(name for part in parts for name in part):
-            sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
-            if sum(counts):
-                self.log(f"{stage}/{name}", sum(sums) / sum(counts), rank_zero_only=False, sync_dist=False)
+        """Logs the means, collective; raises NonFinite if one is not finite, except while training."""
+        for name, mean in stepping.means(self._totals, self.trainer.world_size).items():
+            if not math.isfinite(mean) and self.trainer.state.fn != TrainerFn.FITTING:
+                raise NonFinite(f"{stage}/{name}={mean}: the model has diverged, or makes values that are not finite")
+            self.log(f"{stage}/{name}", mean, rank_zero_only=False, sync_dist=False)

@@ -233,6 +233,9 @@ class Weighted(L.LightningModule, Part):
             # The `ema` section makes the averages from these.
             checkpoint["averages"] = {**checkpoint["averages"], "primary": primary}
             checkpoint["state_dict"] = {**primary, **checkpoint["current_model_state"]}
+            self._check_fits(checkpoint["state_dict"], checkpoint)
+        for name in ("optimizer_states", "averages", "objective"):
+            _require_finite(checkpoint.get(name), name)
 
     def _check_fits(self, state: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> None:
         own = {name: _shape(name, value) for name, value in self.state_dict().items()}
@@ -257,6 +260,18 @@ class Weighted(L.LightningModule, Part):
                 f"{len(broken)} weights of the checkpoint are not finite, first {broken[0]}: training had diverged "
                 "before it was written; take an earlier checkpoint"
             )
+
+
+def _require_finite(value: Any, key: str) -> None:
+    """Raises ValueError if a tensor in what training continues from is not finite."""
+    if isinstance(value, Mapping | list):
+        for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _require_finite(inner, f"{key}.{name}")
+    elif isinstance(value, Tensor) and not bool(value.isfinite().all()):
+        raise ValueError(
+            f"the checkpoint's {key} is not finite: training had diverged before it was written; take an earlier "
+            "checkpoint"
+        )
 
 
 def _shape(name: str, value: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from diffusion_lit.callbacks import EMA, Checkpoints, Scalars
 from diffusion_lit.diffusion import Denoiser, DenoisingLoss, Gaussian, NoiseSource, Seen
+from diffusion_lit.evaluation import Likelihood
 from diffusion_lit.loggers import read_curves
+from diffusion_lit.records import NonFinite
 from diffusion_lit.system import NonFiniteGradients
 from diffusion_lit.types import Condition
 from tests import forked, tiny
@@ -190,6 +192,49 @@ def test_a_learning_rate_that_blows_up_ends_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteGradients, match=r"^gradients were not finite in 10 steps in a row") as stopped:
         tiny.trainer(tmp_path, 40).fit(model, tiny.data())
     assert "learning rate of 1e+30" in str(stopped.value)
+
+
+def spoil(value: Any) -> bool:
+    """Makes the first number with a fraction in a part of a checkpoint not a number; whether there is one."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim:
+        value.view(-1)[0] = float("nan")
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return any(spoil(part) for part in inner)
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "current_model_state", "averages", "optimizer_states", "objective"])
+def test_a_run_does_not_continue_from_anything_that_is_not_finite(entry: str, tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, 2, [EMA([0.9, 0.5]), Checkpoints()]).fit(tiny.module(), tiny.data())
+    checkpoint = load(last(tmp_path))
+    if entry == "objective":
+        checkpoint[entry] = {"history": torch.zeros(3)}
+    assert spoil(checkpoint[entry])
+    torch.save(checkpoint, last(tmp_path))
+    with pytest.raises(ValueError, match=r"(is|are) not finite.*take an earlier checkpoint"):
+        tiny.trainer(tmp_path, 4, [EMA([0.9, 0.5]), Checkpoints()]).fit(tiny.module(), tiny.data(), ckpt_path="last")
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_loss_that_is_not_finite_ends_an_evaluation(command: str, tmp_path: Path) -> None:
+    model = tiny.module()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e30)
+    with pytest.raises(NonFinite, match=r"^(val|test)/loss=nan"):
+        getattr(tiny.trainer(tmp_path, limit_val_batches=1, limit_test_batches=1), command)(model, tiny.data())
+
+
+def test_a_bound_that_is_not_finite_leaves_nothing_on_record(tmp_path: Path) -> None:
+    model = tiny.module()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e30)
+    likelihood = Likelihood("test", num_images=2, num_terms=2)
+    with pytest.raises(NonFinite, match="the bits per dimension of 2 test images are not finite, first of image 0"):
+        tiny.trainer(tmp_path, callbacks=[likelihood], limit_test_batches=1).test(model, tiny.data())
+    assert not list(tmp_path.glob("bits_per_dim*"))
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_a_bound_below_one_is_refused() -> None:

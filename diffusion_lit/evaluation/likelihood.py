@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusion_lit.evaluation.measure import Record, measure
 from diffusion_lit.images import from_uint8
 from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.module import DiffusionModule
-from diffusion_lit.records import describe
+from diffusion_lit.records import NonFinite, describe
 from diffusion_lit.requests import Requests
 from diffusion_lit.types import StepFn
 
@@ -163,7 +164,16 @@ class Likelihood(L.Callback):
 
         with module.evaluating():
             parts, self._at_once = in_memory(work, len(x0), self._at_once, "in the likelihood")
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        wrong = [
+            str(index) for index, value in zip(indices, found["total"].tolist(), strict=False) if not isfinite(value)
+        ]
+        if wrong:
+            raise NonFinite(
+                f"the bits per dimension of {len(wrong)} {split} images are not finite, first of image {wrong[0]}: the "
+                "model has diverged, or its variance has"
+            )
+        return found
 
 
 def image_data(trainer: L.Trainer) -> ImageData:
