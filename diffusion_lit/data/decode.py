@@ -36,8 +36,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -48,6 +49,7 @@ _DECODING_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+"""What Pillow raises for a file that is damaged, or is no image."""
 
 
 class SmallImageWarning(UserWarning):
@@ -71,18 +73,24 @@ def decode(data: bytes, image_size: int, channels: int = 3) -> Tensor:
     try:
         source = sixteen_bits.load(data)
         image = square(upright(in_colour(source, channels), source), image_size)
-    except _DECODING_ERRORS as error:
-        reason = "not an image of a known format" if "cannot identify" in str(error) else str(error)
-        raise ValueError(reason or type(error).__name__) from error
+    except DECODING_ERRORS as error:
+        raise ValueError(reason_of(error)) from error
     array = np.array(image)
     return torch.from_numpy(array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be decoded, in a few words."""
+    if "cannot identify" in str(error):
+        return "not an image of a known format"
+    return str(error) or type(error).__name__
 
 
 def upright(image: Image.Image, source: Image.Image) -> Image.Image:
     """Turns an image as the EXIF orientation of its file says, and ignores whatever else EXIF says."""
     try:
         turn = _TURNS.get(source.getexif().get(_ORIENTATION, 1))
-    except _DECODING_ERRORS:
+    except DECODING_ERRORS:
         return image
     return image if turn is None else image.transpose(turn)
 
@@ -179,7 +187,7 @@ def warn_of_small_images(
             with Image.open(open_file(index)) as image:
                 if min(image.size) < image_size:
                     small.append(image.size)
-        except _DECODING_ERRORS:
+        except DECODING_ERRORS:
             continue
     if small:
         width, height = min(small, key=min)

@@ -12,13 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
-from diffusion_lit.data.decode import upright
+from diffusion_lit.data.decode import DECODING_ERRORS, reason_of, upright
 from diffusion_lit.data.degradation import Bicubic, Degradation
 from diffusion_lit.data.folder import FolderImages
 from diffusion_lit.data.masks import LaMaMasks, Masks
 from diffusion_lit.data.source import Source, at_least
 from diffusion_lit.records import describe
 from diffusion_lit.types import Batch
+
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+"""Formats, as Pillow calls them, that change values, of which maps of classes are made."""
 
 
 class Derived(Source, ABC):
@@ -259,7 +262,7 @@ def read_map(
     """Reads a map of classes.
 
     Args:
-        path: A palette or grey PNG of 8 bits.
+        path: A palette or grey PNG of 8 bits, or another format that keeps values.
         num_classes: Values are below it; None: any.
         image_size: Height and width of the result; None: as the file has it.
         picture: The image, whose size the map must have and whose orientation it is given.
@@ -274,8 +277,11 @@ def read_map(
         with Image.open(path) as image:
             image.load()
             source: Image.Image = image
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a map: {error}") from error
+            form = image.format
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as a map: {reason_of(error)}") from error
+    if form in LOSSY:
+        raise ValueError(f"map {path} is a {form} file, in which values change; save the classes as a PNG of 8 bits")
     if source.mode not in ("P", "L", "1"):
         raise ValueError(f"map {path} has mode {source.mode}; save the classes as a palette or grey PNG of 8 bits")
     if picture is not None:

@@ -65,4 +65,4 @@ def check_same_classes(names: Sequence[str], trained: Sequence[str]) -> list[str
                 f"{', '.join(trained[:10])}{', ...' if len(trained) > 10 else ''}; give data with these classes in "
                 "this order, or train on others by a new run with --init_from"
             )
-    return list(max(names, trained, key=len))
+    return list(names if len(names) > len(trained) else trained)

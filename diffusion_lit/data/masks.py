@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from diffusion_lit.data import sixteen_bits
+from diffusion_lit.data.decode import DECODING_ERRORS, in_colour, reason_of, upright
 from diffusion_lit.data.folder import find
 from diffusion_lit.types import Part
 
@@ -145,7 +147,9 @@ def check_white(option: str, white: str) -> None:
 
 
 def read_mask(path: Path, white: White = "hole") -> Tensor:
-    """Reads a mask of two colours: white, or any grey from 128 on, and black.
+    """Reads a mask of two colours: white, or any grey from 128 of 255 on, and black.
+
+    It is turned as its file says, as images are; what is transparent is white.
 
     Args:
         path: An image file.
@@ -159,10 +163,10 @@ def read_mask(path: Path, white: White = "hole") -> Tensor:
         ValueError: If the file cannot be read or has no hole; the message is one line.
     """
     try:
-        with Image.open(path) as image:
-            array = np.array(image.convert("L"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a mask: {error}") from error
+        source = sixteen_bits.load(path.read_bytes())
+        array = np.array(upright(in_colour(source, 1), source))
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as a mask: {reason_of(error)}") from error
     mask = torch.from_numpy(((array >= 128) == (white == "known")).astype(np.uint8))[None]
     if mask.all():
         hole = "white" if white == "hole" else "black"

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.data import sixteen_bits
-from diffusion_lit.data.decode import EXTENSIONS, in_colour, upright
+from diffusion_lit.data.decode import DECODING_ERRORS, EXTENSIONS, in_colour, reason_of, upright
 from diffusion_lit.data.derived import read_map
 from diffusion_lit.data.folder import find
 from diffusion_lit.data.masks import White, read_mask
@@ -61,8 +61,8 @@ def _read_image(path: Path, channels: int) -> Tensor:
     try:
         source = sixteen_bits.load(path.read_bytes())
         image = in_colour(upright(source, source), channels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as an image: {reason_of(error)}") from error
     return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels).transpose(2, 0, 1).copy())
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from diffusion_lit.data import (
@@ -26,9 +26,11 @@ from diffusion_lit.data import (
     MaskFiles,
     WithMaps,
 )
+from diffusion_lit.data.decode import DECODING_ERRORS, decode
 from diffusion_lit.data.degradation import blurred, decimated, gaussian_kernel, noisy, random_covariance, resized
-from diffusion_lit.data.derived import generator_of
+from diffusion_lit.data.derived import generator_of, read_map
 from diffusion_lit.data.masks import read_mask
+from diffusion_lit.data.pictures import Size, read_images, read_maps, read_masks
 
 
 def picture(channels: int = 3, size: int = 32, seed: int = 0) -> Tensor:
@@ -347,3 +349,63 @@ def test_maps_need_a_folder_of_images_and_one_of_maps(tmp_path: Path) -> None:
         ImageData(WithMaps(Digits(), str(tmp_path), 3)).dataset("train")
     with pytest.raises(ValueError, match="num_classes=257 are more than the 256"):
         WithMaps(Digits(), "maps", 257)
+
+
+def saved(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_masks_are_read_as_images_are(tmp_path: Path) -> None:
+    """A hole in the left half, in every form that it can have."""
+    grey = np.full((4, 6), 40, np.uint8)
+    grey[:, :3] = 200
+    expected = (grey < 128).astype(np.uint8)
+    plain = Image.fromarray(grey)
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    colour = Image.merge("RGB", [plain] * 3)
+    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    forms = {
+        "grey.png": plain,
+        "wide.png": wide,
+        "wide.tif": wide,
+        "colour.png": colour,
+        "lab.tif": lab.apply(colour),
+        "palette.png": plain.convert("P"),
+        "bits.png": plain.convert("1", dither=Image.Dither.NONE),
+        "clear.png": Image.merge("RGBA", [Image.new("L", (6, 4))] * 3 + [Image.fromarray(255 * expected)]),
+    }
+    for name, image in forms.items():
+        assert read_mask(saved(tmp_path / name, image))[0].tolist() == expected.tolist(), name
+    path = saved(tmp_path / "turned.png", plain.rotate(90, expand=True), exif=turned)
+    assert read_mask(path)[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("extension", ["jpg", "webp", "jp2"])
+def test_maps_are_of_no_format_that_changes_values(extension: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / f"map.{extension}", Image.new("L", (4, 4), 3))
+    with pytest.raises(ValueError, match="in which values change"):
+        read_map(path)
+
+
+def test_what_is_damaged_in_any_way_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "a.png", Image.new("L", (4, 4), 255))
+    size = Size((1, 4, 4), lambda shape: True)
+    reads = {
+        "an image": lambda: read_images([path], size),
+        "a mask": lambda: read_masks([path], size),
+        "a map": lambda: read_maps([path], size),
+        "": lambda: decode(path.read_bytes(), 4),
+    }
+    for error in DECODING_ERRORS:
+
+        def fail(*_: Any, error: type[Exception] = error, **__: Any) -> Any:
+            # As Pillow's decoders do: AVIF's raises RuntimeError.
+            raise error("on purpose")
+
+        monkeypatch.setattr(Image, "open", fail)
+        for what, read in reads.items():
+            with pytest.raises(ValueError, match=f"cannot be read as {what}: on purpose" if what else "^on purpose$"):
+                read()
