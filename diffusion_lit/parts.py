@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from torch import nn
 
 PACKAGE = "diffusion_lit"
 MISSING = inspect.Parameter.empty
@@ -188,7 +189,9 @@ def signature(part: Any, given: int = 0) -> Signature:
     more = extended = False
     makers = [part]
     if inspect.isclass(part):
-        makers = [vars(base)["__init__"] for base in part.__mro__[:-1] if "__init__" in vars(base)]
+        # A module takes any argument, and refuses it.
+        bases = [base for base in part.__mro__[:-1] if base is not nn.Module]
+        makers = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)]
     for make in makers:
         parameters = list(inspect.signature(make).parameters.values())[inspect.isclass(part) :]
         kinds = {parameter.kind for parameter in parameters}

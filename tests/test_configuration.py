@@ -14,6 +14,7 @@ from diffusion_lit.configuration import Merge, build
 from diffusion_lit.diffusion import DPMSolver, Heun, LogSNR, Sampler
 from diffusion_lit.loggers import clear_save_dir, fill_save_dir
 from diffusion_lit.main import COMMANDS
+from diffusion_lit.networks.regularizer import DiagonalGaussian
 from diffusion_lit.parts import MISSING, Slot, candidates, import_part, signature, takes
 from diffusion_lit.recipes import find_file, layers, recipes
 from diffusion_lit.system import System
@@ -438,3 +439,8 @@ def test_help_fits_a_screen_and_says_what_there_is(topics: list[str], parts: lis
 def test_help_about_nothing_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="no SampelGrid"):
         cli.help_on(cli.parse(["fit", "--help", "SampelGrid"], ["fit"]))
+
+
+def test_a_module_without_arguments_takes_none() -> None:
+    assert signature(DiagonalGaussian).slots == {}
+    assert not signature(DiagonalGaussian).more
