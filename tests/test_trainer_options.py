@@ -277,7 +277,7 @@ def test_another_progress_bar_replaces_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("command", "option"), [("validate", "limit_val_batches"), ("test", "limit_test_batches")])
 def test_an_evaluation_without_a_batch_is_refused(command: str, option: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^trainer\.{option}=0 leaves nothing to do"):
-        getattr(tiny.trainer(tmp_path, **{option: 0}), command)(tiny.module(), tiny.data())
+        getattr(tiny.trainer(tmp_path, 1, None, **{option: 0}), command)(tiny.module(), tiny.data())
 
 
 def test_a_trainer_made_without_options_counts_steps(tmp_path: Path) -> None:

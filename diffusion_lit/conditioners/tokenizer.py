@@ -129,8 +129,8 @@ class WordPiece(Tokenizer):
         size = learned.get_vocab_size()
         if size > vocabulary:
             raise ValueError(
-                f"the vocabulary of {self.file} has {size} tokens, the text encoder {vocabulary}; set "
-                f"--model.conditioner.encoder.vocabulary {size}"
+                f"the vocabulary of {self.file or 'the captions'} has {size} tokens, the text encoder {vocabulary}; "
+                f"set --model.conditioner.encoder.vocabulary {size}"
             )
         self._take(learned.to_str())
 
