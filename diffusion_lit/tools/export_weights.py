@@ -22,7 +22,7 @@ from diffusion_lit.networks import Autoencoder
 from diffusion_lit.system import System
 from diffusion_lit.tools import compvis
 from diffusion_lit.tools.diffusers_writer import inputs, write_autoencoder, write_diffusers
-from diffusion_lit.tools.files import announce
+from diffusion_lit.tools.files import SAFETENSORS, announce
 from diffusion_lit.tools.import_weights import network_of
 
 
@@ -45,7 +45,7 @@ def write_safetensors(model: System, folder: Path, checkpoint: dict[str, Any], w
         isinstance(model.codec, FirstStage) or any(True for _ in model.conditioner.parameters())
     )
     tensors = compvis.tensors(cast(DiffusionModule, model)) if whole else network.state_dict()
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata=metadata)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / SAFETENSORS, metadata=metadata)
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:

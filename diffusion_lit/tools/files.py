@@ -17,6 +17,8 @@ from torch import Tensor
 from diffusion_lit.checkpoint import AVERAGED, RAW
 
 LISTED = 20
+SAFETENSORS = "model.safetensors"
+"""The file in a folder that `export` writes, other than one of diffusers."""
 LARGE = 500_000_000
 """Bytes from which on a tool takes long enough to say what it does."""
 

@@ -33,7 +33,16 @@ from diffusion_lit.sections import CARRIED, SEED
 from diffusion_lit.system import System
 from diffusion_lit.tools import compvis
 from diffusion_lit.tools.diffusers_folder import AUTOENCODER, DIFFUSION, PLACES, read_folder, read_scheduler
-from diffusion_lit.tools.files import announce, check_tensors, choose_state, listed, parse_json, read, read_metadata
+from diffusion_lit.tools.files import (
+    SAFETENSORS,
+    announce,
+    check_tensors,
+    choose_state,
+    listed,
+    parse_json,
+    read,
+    read_metadata,
+)
 from diffusion_lit.tools.scheduler import part
 
 DIFFUSERS_TENSORS = {"time_embedding.linear_1.weight", "encoder.conv_norm_out.weight"}
@@ -339,7 +348,7 @@ def main(args: Sequence[str]) -> None:
         ValueError: If the weights do not fit, a file is not safe to read, or the checkpoint exists already.
     """
     parser = argparse.ArgumentParser(prog="diffusion_lit import", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", help="a folder of diffusers, or a file of export or published code")
+    parser.add_argument("source", help="a folder of diffusers or of export, or a file of published code")
     parser.add_argument("--out", required=True, help="the checkpoint to write")
     parser.add_argument("-c", "--config", action="append", default=[], help="a recipe; later ones win")
     parser.add_argument(
@@ -350,6 +359,9 @@ def main(args: Sequence[str]) -> None:
     )
     given = parser.parse_args(args)
     source, out = Path(given.source), Path(given.out)
+    if (source / SAFETENSORS).is_file() and not any(source.glob("*.json")):
+        # A folder as `export` writes it. One of another program has its configuration beside the weights.
+        source = source / SAFETENSORS
     if out.exists():
         raise ValueError(f"{out} exists already; choose another file with --out")
     announce(source)

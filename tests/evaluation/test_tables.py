@@ -123,7 +123,9 @@ def test_published_values_stand_only_beside_their_own_data_features_process_and_
         names = NETWORKS | {published: sum(p.numel() for p in paper.denoiser.parameters())}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tables, "NETWORKS", names)
-            found = DDIMTable(published=cast(Any, published)).compares(paper, {**record, "references": [{"name": name}]})
+            found = DDIMTable(published=cast(Any, published)).compares(
+                paper, {**record, "references": [{"name": name}]}
+            )
         assert found == same, name
 
 

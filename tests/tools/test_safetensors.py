@@ -51,6 +51,12 @@ def test_they_go_back_in_without_a_recipe(tmp_path: Path) -> None:
     assert again.sampler.steps == 10
 
 
+def test_the_folder_that_export_names_will_do_too(tmp_path: Path) -> None:
+    again = imported(exported(tmp_path).parent)
+    held = again.denoiser.network.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in ours().state_dict().items())
+
+
 def test_a_recipe_is_laid_over_what_they_say(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {sampler: {steps: 7}}\ndata: {source: Digits}\n")
