@@ -1,5 +1,6 @@
 """Low resolution, holes and maps as functions of (seed, position), and mirrored with their images."""
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -393,7 +394,7 @@ def test_maps_are_of_no_format_that_changes_values(extension: str, tmp_path: Pat
 def test_what_is_damaged_in_any_way_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "a.png", Image.new("L", (4, 4), 255))
     size = Size((1, 4, 4), lambda shape: True)
-    reads = {
+    reads: dict[str, Callable[[], object]] = {
         "an image": lambda: read_images([path], size),
         "a mask": lambda: read_masks([path], size),
         "a map": lambda: read_maps([path], size),
