@@ -1,6 +1,7 @@
 """The text tower of CLIP, frozen, as the context of a network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from diffusion_lit.conditioners.text import Prompts
 from diffusion_lit.conditioners.tokenizer import Word
 from diffusion_lit.frozen import Frozen
+
+TOWER, TOKENIZER = "text_encoder", "tokenizer"
+"""Sub-folders of a pipeline."""
 
 
 class CLIPText(Prompts):
@@ -67,6 +71,14 @@ class CLIPText(Prompts):
     def unknown(self) -> int | None:
         return None
 
+    def save(self, folder: Path) -> None:
+        """Writes the tower and its tokenizer into the folders `text_encoder` and `tokenizer`."""
+        from transformers.utils import logging
+
+        with _quietly(logging):
+            cast(Any, self.tower.network).save_pretrained(folder / TOWER)
+            self._tokenizer.save_pretrained(folder / TOKENIZER)
+
 
 def _load(path: Path) -> tuple[Any, Any]:
     """The tower and its tokenizer."""
@@ -76,7 +88,7 @@ def _load(path: Path) -> tuple[Any, Any]:
         raise ValueError(
             f"conditioner: CLIPText needs the transformers package ({error}); pip install 'diffusion-lit[text]'"
         ) from error
-    tower, words = (path / name if (path / name).is_dir() else path for name in ("text_encoder", "tokenizer"))
+    tower, words = (path / name if (path / name).is_dir() else path for name in (TOWER, TOKENIZER))
     for folder, file in ((tower, "config.json"), (words, "tokenizer_config.json")):
         if not (folder / file).is_file():
             raise ValueError(
@@ -104,10 +116,7 @@ def _tower(cls: Any, folder: Path) -> Any:
 
     plain = any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
     half = next((kind for kind in ("fp16", "bf16") if list(folder.glob(f"*.{kind}.*"))), None)
-    shows, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
+    with _quietly(logging):
         model, info = cls.from_pretrained(
             folder,
             local_files_only=True,
@@ -115,13 +124,23 @@ def _tower(cls: Any, folder: Path) -> Any:
             variant=None if plain else half,
             output_loading_info=True,
         )
-    finally:
-        logging.set_verbosity(level)
-        if shows:
-            logging.enable_progress_bar()
     missing = [*info["missing_keys"], *info["mismatched_keys"]]
     if missing:
         raise ValueError(f"{len(missing)} of its weights are missing, first {missing[0]}")
     if getattr(model.config, "use_attention_mask", False):
         raise ValueError("use_attention_mask in its config.json has no equal here: no mask is given to the tower")
     return model
+
+
+@contextmanager
+def _quietly(logging: Any) -> Iterator[None]:
+    """A context without progress bars and warnings of the transformers package."""
+    shows, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows:
+            logging.enable_progress_bar()

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from diffusion_lit.networks import ADMUNet
 from diffusion_lit.networks.layers import level_channels
 
 Fixed = Mapping[str, tuple[object, object]]
@@ -10,6 +11,10 @@ Fixed = Mapping[str, tuple[object, object]]
 
 AVERAGE = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
 """How `EMAModel` averaged the weights, in the configuration of a folder `unet_ema`; it changes no output."""
+
+
+NULL_LABEL = "_null_label"
+"""Key by which an export says that the last of the class embeddings is that of "no class"; diffusers ignores it."""
 
 
 def differences(config: Mapping[str, Any], fixed: Fixed, read: Collection[str]) -> list[str]:
@@ -74,3 +79,38 @@ def channels_of(config: Mapping[str, Any], missing: int) -> dict[str, int]:
     given = whole_numbers(config, "in_channels", missing)
     out = whole_numbers(config, "out_channels", missing)
     return {"in_channels": min(given, out), "out_channels": out, "concat_channels": max(given - out, 0)}
+
+
+def classes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments `num_classes` and `null_label` of an `ADMUNet`.
+
+    Diffusers counts a null label as one more class; that it is one is known of exports of this program alone.
+    """
+    if config.get("num_class_embeds") is None:
+        return {"num_classes": None}
+    has_null = config.get(NULL_LABEL) is True
+    classes = whole_numbers(config, "num_class_embeds", None) - has_null
+    return {"num_classes": classes, **({"null_label": True} if has_null else {})}
+
+
+def class_configuration(network: ADMUNet) -> dict[str, Any]:
+    """What a config.json says of the classes of an `ADMUNet`."""
+    if network.num_classes is None:
+        return {"num_class_embeds": None}
+    rows = {"num_class_embeds": network.label_emb.num_embeddings}
+    return {**rows, **({NULL_LABEL: True} if network.has_null_label else {})}
+
+
+def with_null_label(network: dict[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's configuration, of whose classes the last is the null label if a recipe's network has one.
+
+    Args:
+        network: Class and arguments.
+        recipe: The network of a recipe, likewise; {}: there is none.
+    """
+    arguments = network["init_args"]
+    asked = (recipe.get("init_args") or {}).get("null_label") is True
+    if not asked or arguments.get("num_classes") is None or arguments.get("null_label"):
+        return network
+    changed = {"num_classes": arguments["num_classes"] - 1, "null_label": True}
+    return {**network, "init_args": {**arguments, **changed}}

@@ -14,6 +14,7 @@ from diffusion_lit.codecs import FirstStage
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import ADMUNet, Autoencoder, UNet
 from diffusion_lit.tools import autoencoders, scheduler, unet2d, unet2d_condition
+from diffusion_lit.tools.pipelines_writer import Written, note, pipeline_of
 from diffusion_lit.tools.tensor_names import Exchanged, to_diffusers
 
 DIFFUSERS_VERSION = "0.42.1"
@@ -37,10 +38,13 @@ def write_autoencoder(network: Autoencoder, folder: Path, scale: float = 1.0) ->
     write_network(network, autoencoders.configuration(network, scale), folder)
 
 
-def write_diffusers(model: DiffusionModule, folder: Path) -> None:
+def write_diffusers(model: DiffusionModule, folder: Path) -> str | None:
     """Writes a pipeline, or where there is none of the network's inputs, its networks and its scheduler.
 
-    The pipeline is a `DDPMPipeline`, which `DDIMPipeline` reads too, or over latents an `LDMPipeline`.
+    The pipeline is a `DDPMPipeline`, which `DDIMPipeline` reads too, or over latents that of `pipeline_of`.
+
+    Returns:
+        In what the pipeline differs from the model, for the user; None: in nothing.
 
     Raises:
         ValueError: If diffusers has no such network, process or latents.
@@ -54,19 +58,23 @@ def write_diffusers(model: DiffusionModule, folder: Path) -> None:
     if type(model.codec) is not Pixels and type(model.codec) is not FirstStage:
         raise ValueError(f"diffusers has no pipeline of a {config['_class_name']} with a {type(model.codec).__name__}")
     schedule = scheduler.configuration(model.process, model.denoiser.parameterization, model.sampler, network)
-    parts = {"unet": config["_class_name"]}
+    parts: dict[str, Any] = {"unet": ["diffusers", config["_class_name"]]}
+    pipeline = None if inputs(network) else Written("DDPMPipeline")
     if isinstance(model.codec, FirstStage):
+        pipeline = pipeline_of(model)
         stage, scale = scaled_autoencoder(model.codec)
         schedule = scheduler.ddim_configuration(schedule, model.sampler.grid)
-        write_autoencoder(stage, folder / "vqvae", scale)
-        parts["vqvae"] = autoencoders.configuration(stage, scale)["_class_name"]
-    parts["scheduler"] = schedule["_class_name"]
-    if not inputs(network):
-        pipeline = "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
-        classes = {name: ["diffusers", parts[name]] for name in sorted(parts)}
-        write_json(folder / "model_index.json", {"_class_name": pipeline, **VERSION, **classes})
+        place = (pipeline or Written("")).first_stage
+        write_autoencoder(stage, folder / place, scale)
+        parts[place] = ["diffusers", autoencoders.configuration(stage, scale)["_class_name"]]
+    parts["scheduler"] = ["diffusers", schedule["_class_name"]]
+    if pipeline is not None:
+        parts |= pipeline.write(folder)
+        sorted_parts = {name: parts[name] for name in sorted(parts)}
+        write_json(folder / "model_index.json", {"_class_name": pipeline.name, **VERSION, **sorted_parts})
     write_json(folder / "scheduler" / "scheduler_config.json", {**schedule, **VERSION})
     write_network(network, config, folder / "unet")
+    return note(pipeline, model.sampler.grid)
 
 
 def unet_configuration(network: UNet | ADMUNet) -> dict[str, Any]:

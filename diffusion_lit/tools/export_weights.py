@@ -87,13 +87,15 @@ def main(args: Sequence[str]) -> None:
             f"{given.checkpoint} is of a {type(model).__name__}; diffusion models and autoencoders are exported"
         )
     out = Path(os.path.abspath(given.out))
+    notes: list[str | None] = []
     if given.to == "diffusers" and isinstance(model, DiffusionModule):
-        write_whole(out, lambda folder: write_diffusers(model, folder))
+        write_whole(out, lambda folder: notes.append(write_diffusers(model, folder)))
     elif given.to == "diffusers":
         write_whole(out, lambda folder: write_autoencoder(cast(Autoencoder, network), folder))
     else:
         checkpoint = read_checkpoint(given.checkpoint)
         write_whole(out, lambda folder: write_safetensors(model, folder, checkpoint, given.weights))
     more = inputs(cast(nn.Module, network)) if given.to == "diffusers" else []
-    said = f"; its network takes {' and '.join(more)}, which no pipeline passes: call it in a loop of your own"
-    print(f"{given.out}{said if more else ''}")
+    if more and not (out / "model_index.json").exists():
+        notes.append(f"its network takes {' and '.join(more)}, which no pipeline passes: call it in a loop of your own")
+    print("; ".join([given.out, *filter(None, notes)]))

@@ -32,6 +32,7 @@ from diffusion_lit.recipes import layers
 from diffusion_lit.sections import CARRIED, SEED
 from diffusion_lit.system import System
 from diffusion_lit.tools import compvis
+from diffusion_lit.tools.diffusers_config import with_null_label
 from diffusion_lit.tools.diffusers_folder import AUTOENCODER, DIFFUSION, PLACES, read_folder, read_scheduler
 from diffusion_lit.tools.files import (
     SAFETENSORS,
@@ -236,7 +237,9 @@ def import_folder(
     recipe = read_recipes(recipes, trust)
     given = recipe.get("model", {})
     arguments = {**(found.parts if found.model == AUTOENCODER else {}), **given.get("init_args", {})}
+    of_recipe = given.get("init_args", {}).get("network") or {}
     arguments |= {name: value for name, value in found.parts.items() if name != "loss"}
+    arguments["network"] = with_null_label(arguments["network"], of_recipe)
     if found.model == DIFFUSION and "process" not in found.parts and not given:
         above = folder.absolute().parent
         hint = f", or import {above}, which has one" if read_scheduler(above) else ""

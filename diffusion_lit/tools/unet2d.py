@@ -13,7 +13,16 @@ from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.networks.adm_blocks import ConditionedResBlock, QKVAttention
 from diffusion_lit.networks.layers import ResBlock
 from diffusion_lit.networks.unet import Level
-from diffusion_lit.tools.diffusers_config import Fixed, channels_of, differences, image_size, levels_of, whole_numbers
+from diffusion_lit.tools.diffusers_config import (
+    Fixed,
+    channels_of,
+    class_configuration,
+    classes_of,
+    differences,
+    image_size,
+    levels_of,
+    whole_numbers,
+)
 from diffusion_lit.tools.tensor_names import blocks_per_level
 
 CLASS = "UNet2DModel"
@@ -114,14 +123,14 @@ def adm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             f"attn_norm_num_groups={given}: ours normalizes in groups of norm_num_groups={groups} before the attention "
             "in the middle"
         )
-    classes, head_channels = config.get("num_class_embeds"), config.get("attention_head_dim", 8)
+    head_channels = config.get("attention_head_dim", 8)
     return {
         **shared,
         **channels_of(config, 3),
         "head_channels": None if head_channels is None else whole_numbers(config, "attention_head_dim", 8),
         "scale_shift_norm": shift == "scale_shift",
         "resblock_updown": has_resblocks(config),
-        "num_classes": None if classes is None else whole_numbers(config, "num_class_embeds", None),
+        **classes_of(config),
     }
 
 
@@ -260,7 +269,7 @@ def adm_configuration(network: ADMUNet) -> dict[str, Any]:
         "resnet_time_scale_shift": "scale_shift" if block.scale_shift_norm else "default",
         "downsample_type": kind,
         "upsample_type": kind,
-        "num_class_embeds": None if network.num_classes is None else network.label_emb.num_embeddings,
+        **class_configuration(network),
         **{key: ours for key, (ours, _) in ADM.items()},
     }
 

@@ -8,7 +8,16 @@ from torch import nn
 from diffusion_lit.networks import ADMUNet
 from diffusion_lit.networks.adm_blocks import ConditionedResBlock, Stage
 from diffusion_lit.networks.transformer import SpatialTransformer
-from diffusion_lit.tools.diffusers_config import Fixed, channels_of, differences, image_size, levels_of, whole_numbers
+from diffusion_lit.tools.diffusers_config import (
+    Fixed,
+    channels_of,
+    class_configuration,
+    classes_of,
+    differences,
+    image_size,
+    levels_of,
+    whole_numbers,
+)
 from diffusion_lit.tools.tensor_names import blocks_per_level
 
 CLASS = "UNet2DConditionModel"
@@ -69,7 +78,6 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"resnet_time_scale_shift={shift!r} has no equal here; known are 'default', 'scale_shift'")
     size = image_size(config, None)
     attended = attended_levels(config, len(multipliers))
-    classes = config.get("num_class_embeds")
     return {
         "image_size": size,
         **channels_of(config, 4),
@@ -81,7 +89,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": float(config.get("dropout", 0.0)),
         "scale_shift_norm": shift == "scale_shift",
         "resblock_updown": False,
-        "num_classes": None if classes is None else whole_numbers(config, "num_class_embeds", None),
+        **classes_of(config),
         "num_groups": whole_numbers(config, "norm_num_groups", 32),
         "context_width": whole_numbers(config, "cross_attention_dim", 1280),
         "transformer_depth": whole_numbers(config, "transformer_layers_per_block", 1),
@@ -160,7 +168,7 @@ def configuration(network: ADMUNet) -> dict[str, Any]:
         "transformer_layers_per_block": len(transformer.transformer_blocks),
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
         "resnet_time_scale_shift": "scale_shift" if block.scale_shift_norm else "default",
-        "num_class_embeds": None if network.num_classes is None else network.label_emb.num_embeddings,
+        **class_configuration(network),
         **{key: ours for key, (ours, _) in FIXED.items()},
     }
 

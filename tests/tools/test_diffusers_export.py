@@ -18,6 +18,7 @@ from diffusion_lit.diffusion import (
     DDIM,
     X0,
     Ancestral,
+    ClassifierFree,
     Cosine,
     DiscreteProcess,
     Eps,
@@ -141,6 +142,26 @@ def test_a_network_with_classes_goes_without_a_pipeline_and_comes_back(
     with torch.no_grad():
         assert_close(network(x, times, {"label": label}), unet(x, times, label).sample)
     assert imported(folder).num_classes == 5
+
+
+@torch.no_grad()
+def test_a_null_label_is_no_class_when_it_comes_back(tmp_path: Path) -> None:
+    """Diffusers counts its row as a class: that it is none an export says, and of other networks a recipe."""
+    network = adm(num_classes=5, null_label=True)
+    made = DiffusionModule(network, DiscreteProcess(T), sampler=Ancestral())
+    diffusers_writer.write_diffusers(made, tmp_path / "ours")
+    unet = UNet2DModel.from_pretrained(tmp_path / "ours" / "unet")
+    assert unet.config.num_class_embeds == 6
+    UNet2DModel.from_pretrained(tmp_path / "ours" / "unet").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {network: {class_path: ADMUNet, null_label: true}, process: {num_steps: 20}, sampler: {steps: 5}}"
+    )
+    recipe = ["-c", str(tmp_path / "recipe.yaml")]
+    x, times = images(unet), torch.tensor([0.0, 19.0])
+    for model in (imported(tmp_path / "ours"), imported(tmp_path / "theirs", *recipe)):
+        assert model.num_classes == 5
+        assert_close(model.denoiser.network(x, times), unet(x, times, torch.tensor([5, 5])).sample)
+        ClassifierFree().check(model.denoiser, model.conditioner)
 
 
 @pytest.mark.parametrize(

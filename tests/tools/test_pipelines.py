@@ -26,6 +26,7 @@ from tests.tools.diffusers_models import imported, seeded
 STEPS = 5
 PROMPTS = ["the seven", "a 7 " * 60]
 """The second is longer than 77 tokens."""
+FILLED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 TOLERANCE = 1e-4
 agree = partial(torch.testing.assert_close, rtol=1e-5, atol=TOLERANCE)
 
@@ -270,3 +271,33 @@ def test_the_image_depends_on_each_condition(kind: str, folders: Folders) -> Non
         second = here(model, {**{name: given[name] for name in model.entries}, name: changed[name]})
         # Here both masks have a hole.
         assert (second - first)[:, :, 3:11, 7:9].abs().max() > 10 * TOLERANCE, name
+
+
+# Out
+
+
+@pytest.mark.parametrize("kind", ["text_to_image", "stable_diffusion", "inpainting", "super_resolution"])
+def test_a_pipeline_goes_out_as_it_came_in(kind: str, folders: Folders, tmp_path: Path, capsys: Any) -> None:
+    """Every tensor and every token; and it comes in again."""
+    model_of(folders(kind))
+    checkpoint, out = folders(kind).parent / "pipeline.ckpt", tmp_path / "out"
+    capsys.readouterr()
+    cli.main(["export", str(checkpoint), "--to", "diffusers", "--out", str(out)])
+    assert capsys.readouterr().out == f"{out}\n"
+    first: Any = DiffusionPipeline.from_pretrained(folders(kind))
+    again: Any = DiffusionPipeline.from_pretrained(out)
+    assert type(again) is type(first)
+    assert again.components.keys() == first.components.keys()
+    for name, component in first.components.items():
+        if isinstance(component, torch.nn.Module):
+            expected = {key: value for key, value in component.state_dict().items() if "to_logits" not in key}
+            found = {key: value for key, value in again.components[name].state_dict().items() if "to_logits" not in key}
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+    if hasattr(first, "tokenizer"):
+        ids = [pipeline.tokenizer(PROMPTS, max_length=77, **FILLED)["input_ids"] for pipeline in (first, again)]
+        assert torch.equal(*ids)
+    own = {"timestep_spacing", "steps_offset", "set_alpha_to_one", "beta_start", "beta_end", "beta_schedule"}
+    for key in {*own, "clip_sample", "prediction_type", "num_train_timesteps"}:
+        assert again.scheduler.config[key] == first.scheduler.config[key], key
+    assert torch.equal(imported(out).noise([0], 0).draw(), model_of(folders(kind)).noise([0], 0).draw())
