@@ -1,5 +1,6 @@
 """The text tower of CLIP, frozen, as the context of a network."""
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,11 @@ def _load(path: Path) -> tuple[Any, Any]:
     try:
         model = _tower(CLIPTextModel, tower)
         tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"conditioner.folder={path}: the weights are a pickle that asks for more than tensors, and only tensors and "
+            "plain data are read; have their author save them as safetensors"
+        ) from error
     except Exception as error:  # The package raises plain exceptions.
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"conditioner.folder={path} holds no CLIP text model that can be read: {reason}") from error

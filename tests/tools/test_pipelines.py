@@ -12,14 +12,16 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as low_resolutions
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_lit import cli
 from diffusion_lit.checkpoint import load_model
-from diffusion_lit.conditioners import CLIPText, Joint, LowResolution, MaskedImage, Text
-from diffusion_lit.diffusion import DDIM, ClassifierFree
+from diffusion_lit.conditioners import CLIPText, Joint, LowResolution, MaskedImage, Text, WordPiece
+from diffusion_lit.diffusion import DDIM, ClassifierFree, Uniform
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.text import encode_text
+from diffusion_lit.tools import diffusers_writer
 from tests.tools import diffusers_pipelines as made
 from tests.tools.diffusers_models import imported, seeded
 
@@ -273,6 +275,51 @@ def test_the_image_depends_on_each_condition(kind: str, folders: Folders) -> Non
         assert (second - first)[:, :, 3:11, 7:9].abs().max() > 10 * TOLERANCE, name
 
 
+def test_what_is_not_imported_is_said(folders: Folders, tmp_path: Path, capsys: Any) -> None:
+    folder = shutil.copytree(folders("stable_diffusion"), tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    capsys.readouterr()
+    imported(folder)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("; not imported: feature_extractor, safety_checker")
+
+
+@pytest.mark.parametrize("kind", ["text_to_image", "stable_diffusion"])
+def test_files_in_half_precision(kind: str, folders: Folders, tmp_path: Path) -> None:
+    """Their numbers, in float32."""
+    pipeline: Any = getattr(made, kind)().to(torch.float16)
+    folder = made.saved(pipeline, tmp_path, variant="fp16")
+    assert len(list(folder.glob("*/*.fp16.safetensors"))) == 3
+    half, whole = imported(folder), model_of(folders(kind))
+    given = {"caption": encode_text(PROMPTS)}
+    first, second = (model.conditioner(given, model.codec)["context"] for model in (half, whole))
+    assert first.dtype == torch.float32
+    assert 0 < (first - second).abs().max() < 0.02 * second.abs().max()
+    assert here(half, given).dtype == torch.float32
+
+
+class Anything:
+    """What a pickle may ask for."""
+
+
+@pytest.mark.parametrize(("kind", "place"), [("text_to_image", "bert"), ("stable_diffusion", "text_encoder")])
+def test_pickles_of_text_encoders(kind: str, place: str, folders: Folders, tmp_path: Path, capsys: Any) -> None:
+    """Are read where they hold tensors alone."""
+    folder = shutil.copytree(folders(kind), tmp_path / "copy")
+    file = folder / place / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    torch.save({**tensors, "more": Anything()}, folder / place / "pytorch_model.bin")
+    assert "only tensors and plain data" in refused(folder, capsys)
+    torch.save(tensors, folder / place / "pytorch_model.bin")
+    given = {"caption": encode_text(PROMPTS)}
+    first, second = imported(folder), model_of(folders(kind))
+    assert torch.equal(*(model.conditioner(given, model.codec)["context"] for model in (first, second)))
+
+
 # Out
 
 
@@ -301,3 +348,31 @@ def test_a_pipeline_goes_out_as_it_came_in(kind: str, folders: Folders, tmp_path
     for key in {*own, "clip_sample", "prediction_type", "num_train_timesteps"}:
         assert again.scheduler.config[key] == first.scheduler.config[key], key
     assert torch.equal(imported(out).noise([0], 0).draw(), model_of(folders(kind)).noise([0], 0).draw())
+
+
+def test_a_vocabulary_learned_here_goes_out(folders: Folders, tmp_path: Path) -> None:
+    """Without the further tokens that BERT's has."""
+    model = load_model(imported_again(folders("text_to_image"), tmp_path), DiffusionModule)
+    assert isinstance(model.conditioner, Text)
+    model.conditioner.tokenizer = WordPiece()
+    model.conditioner.tokenizer.learn(["a bold seven", "the digit three", "a thin 7"], 60)
+    assert diffusers_writer.write_diffusers(model, tmp_path / "out") is None
+    prompts = ["A thin sevens", "three, xyz 7"]
+    asked = {"prompt": prompts, "latents": noise(model), "height": 64, "width": 64}
+    tokens = DiffusionPipeline.from_pretrained(tmp_path / "out").tokenizer(prompts, max_length=77, **FILLED)
+    assert torch.equal(tokens["input_ids"], model.conditioner.tokens_of(prompts))
+    agree(here(model, {"caption": encode_text(prompts)}, 1.0), there(tmp_path / "out", **asked))
+
+
+def imported_again(folder: Path, place: Path) -> Path:
+    """A checkpoint of its own."""
+    model_of(folder)
+    return Path(shutil.copy(folder.parent / "pipeline.ckpt", place / "own.ckpt"))
+
+
+def test_where_the_pipeline_has_a_grid_of_its_own_an_export_says_so(folders: Folders, tmp_path: Path) -> None:
+    model = model_of(folders("stable_diffusion"))
+    model.sampler.grid = Uniform()
+    said = diffusers_writer.write_diffusers(model, tmp_path / "out")
+    assert said is not None
+    assert said.startswith("a StableDiffusionPipeline sets steps_offset=1")
