@@ -39,7 +39,7 @@ real = st.sampled_from([-1.0, 0.0, 1e-30, 1e-4, 0.02, 0.5, 0.999, 1.0, 1.5, 3.0,
 junk: st.SearchStrategy[Any] = st.sampled_from(["", "many", None, True, [], {}, [1], "Linear", -0.5, "runs/nowhere"])
 steps = st.sampled_from([-1, 0, 1, 2, 5, 17, 101, 1001, 10**9])
 grid = st.one_of(
-    *(part(name) for name in ("Uniform", "Quadratic", "Spanning", "Trailing")),
+    *(part(name) for name in ("Uniform", "Quadratic", "Spanning", "Trailing", "Leading")),
     part("LogSNR", lambda_min=real | st.just(-5.1)),
     part("Karras", sigma_min=real, sigma_max=real, rho=real),
 )
@@ -55,6 +55,7 @@ weighting = st.one_of(part("Simple"), part("Velocity"), part("MinSNR", gamma=rea
 sampler = st.one_of(
     part("DDIM", steps=steps | st.none(), eta=real, grid=grid, clip=st.booleans()),
     part("DPMSolver", steps=steps, order=st.sampled_from([0, 1, 2, 3, 4]), grid=grid, clip=st.booleans()),
+    part("PLMS", steps=steps, grid=grid, clip=st.booleans()),
     part("Heun", steps=steps, grid=grid, clip=st.booleans()),
     part("Ancestral", steps=steps, variance=fixed | part("LearnedRange"), grid=grid, clip=st.booleans()),
 )

@@ -101,8 +101,8 @@ def _load(path: Path) -> tuple[Any, Any]:
         tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"conditioner.folder={path}: the weights are a pickle that asks for more than tensors, and only tensors and "
-            "plain data are read; have their author save them as safetensors"
+            f"conditioner.folder={path}: the weights are a pickle that asks for more than tensors, and only tensors "
+            "and plain data are read; have their author save them as safetensors"
         ) from error
     except Exception as error:  # The package raises plain exceptions.
         reason = str(error).strip().splitlines()[0]

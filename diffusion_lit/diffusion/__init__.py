@@ -11,7 +11,7 @@ from diffusion_lit.diffusion.objective import DenoisingLoss, Objective, Seen
 from diffusion_lit.diffusion.parameterization import X0, Eps, Parameterization, PosteriorMean, Preconditioned, V
 from diffusion_lit.diffusion.process import DiscreteProcess, Process, VarianceExploding, VariancePreserving
 from diffusion_lit.diffusion.resampling import LossSecondMoment
-from diffusion_lit.diffusion.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, slerp
+from diffusion_lit.diffusion.samplers import DDIM, PLMS, Ancestral, DPMSolver, Heun, Sampler, slerp
 from diffusion_lit.diffusion.schedule import Cosine, IntegratedLinear, Linear, ScaledLinear, Schedule, Sigmoid, Sqrt
 from diffusion_lit.diffusion.simplex import NormalizedSimplex, Simplex
 from diffusion_lit.diffusion.times import EvenTimes, LogNormal, Times, UniformTimes
@@ -29,6 +29,7 @@ from diffusion_lit.diffusion.weighting import (
 __all__ = [
     "DDIM",
     "EDM",
+    "PLMS",
     "X0",
     "Ancestral",
     "ClassifierFree",

@@ -133,8 +133,14 @@ def load(model: System, parts: Mapping[nn.Module, Mapping[str, Tensor]], source:
         source: For messages.
 
     Raises:
-        ValueError: If they are not exactly the parts' tensors, or not finite, or others of the model are missing.
+        ValueError: If they are not exactly the parts' tensors, or not finite, or others of the model are missing, or it
+            is not known how its latents were scaled.
     """
+    codec = getattr(model, "codec", None)
+    if isinstance(codec, FirstStage) and not codec.scale.isfinite().all():
+        raise ValueError(
+            f"{source} does not say by which factor latents were scaled; set model.codec.scale in a recipe of your own"
+        )
     given = {id(tensor) for module in parts for tensor in module.state_dict(keep_vars=True).values()}
     others = [
         name
@@ -159,17 +165,13 @@ def fill_first_stage(model: System, state: Mapping[str, Tensor], source: Path) -
     """Gives the codec of a diffusion model the tensors of its autoencoder.
 
     Raises:
-        ValueError: If they are not exactly the autoencoder's, or the scale of its latents is not known.
+        ValueError: If they are not exactly the autoencoder's.
     """
     codec = model.codec
     if not isinstance(codec, FirstStage):
         raise ValueError(
             f"{source} holds an autoencoder and the model has a {type(codec).__name__} for a codec; give a recipe of "
             "latent diffusion by -c"
-        )
-    if not codec.scale.isfinite().all():
-        raise ValueError(
-            f"{source} does not say by which factor latents were scaled; set model.codec.scale in a recipe of your own"
         )
     network = copy.deepcopy(codec.network)
     check_tensors({name: tensor.shape for name, tensor in network.state_dict().items()}, state, source)
@@ -245,6 +247,13 @@ def import_folder(
         hint = f", or import {above}, which has one" if read_scheduler(above) else ""
         raise ValueError(
             f"{folder} has no scheduler: give by -c the recipe with the process that its network was trained with{hint}"
+        )
+    taken = arguments["network"]["init_args"]
+    if "conditioner" not in arguments and (taken.get("context_width") or taken.get("concat_channels")):
+        made = "attends to a context" if taken.get("context_width") else "takes further channels"
+        raise ValueError(
+            f"the network of {folder} {made}: give by -c the recipe with the conditioner that makes it, or import a "
+            "whole pipeline"
         )
     model, filled = make({"class_path": found.model, **given, "init_args": arguments}, trust, str(folder))
     if found.first_stage is not None:

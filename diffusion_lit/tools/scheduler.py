@@ -1,4 +1,4 @@
-"""Process, parameterization and sampler as the configuration of diffusers' `DDPMScheduler` or `DDIMScheduler`.
+"""Process, parameterization and sampler as the configuration of diffusers' DDPM, DDIM and PNDM schedulers.
 
 Diffusers gives its network index 0 for what we call k = 1, as our process does.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_lit.diffusion import (
     DDIM,
+    PLMS,
     X0,
     Ancestral,
     Cosine,
@@ -32,7 +33,8 @@ from diffusion_lit.diffusion.schedule import Schedule
 from diffusion_lit.networks import ADMUNet, UNet
 from diffusion_lit.tools.unet2d import out_channels
 
-DDPM_CLASS, DDIM_CLASS = "DDPMScheduler", "DDIMScheduler"
+DDPM_CLASS, DDIM_CLASS, PNDM_CLASS = "DDPMScheduler", "DDIMScheduler", "PNDMScheduler"
+CLASSES = (DDPM_CLASS, DDIM_CLASS, PNDM_CLASS)
 COSINE = "squaredcos_cap_v2"
 SCHEDULES = {"linear": Linear, "scaled_linear": ScaledLinear}
 PREDICTIONS = {"epsilon": Eps, "sample": X0, "v_prediction": V}
@@ -55,6 +57,7 @@ FIXED: dict[str, tuple[object, ...]] = {
 READ = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample", "clip_sample_range",
     "prediction_type", "timestep_spacing", "variance_type", "steps_offset", "set_alpha_to_one",
+    "skip_prk_steps",
 )  # fmt: skip
 UNUSED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
 
@@ -74,14 +77,23 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If it has no equal here.
     """
     kind = config.get("_class_name")
-    if kind not in (DDPM_CLASS, DDIM_CLASS):
-        raise ValueError(f"the scheduler is a {kind}; only a {DDPM_CLASS} or {DDIM_CLASS} has an equal here")
+    if kind not in CLASSES:
+        raise ValueError(
+            f"the scheduler is a {kind}; only {', '.join(CLASSES)} have an equal here. It is a matter of the sampler, "
+            f"not of the weights: save it as another, {DDIM_CLASS}.from_config(pipeline.scheduler.config)"
+        )
     refused = [
         f"{key}={config.get(key, allowed[0])!r} where only {allowed[0]!r} is known"
         for key, allowed in FIXED.items()
         if config.get(key, allowed[0]) not in allowed
     ]
-    clip = config.get("clip_sample", True)
+    # A PNDMScheduler never clips.
+    clip = kind != PNDM_CLASS and config.get("clip_sample", True)
+    if kind == PNDM_CLASS:
+        if not config.get("skip_prk_steps", False):
+            refused.append("skip_prk_steps=False where only True is known")
+        if config.get("prediction_type", "epsilon") != "epsilon":
+            refused.append(f"prediction_type={config['prediction_type']!r} where only 'epsilon' is known")
     if clip and config.get("clip_sample_range", 1.0) != 1.0:
         refused.append(f"clip_sample_range={config['clip_sample_range']!r} where only 1.0 is known")
     known = {*FIXED, *READ, *UNUSED}
@@ -120,10 +132,12 @@ def schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampler_of(config: Mapping[str, Any], num_steps: int, clip: bool) -> dict[str, Any]:
-    """The configuration of a scheduler's sampler; all steps for DDPM, 50 for DDIM, as diffusers' pipelines do."""
+    """The configuration of a scheduler's sampler; all steps for DDPM, else 50, as diffusers' pipelines do."""
     grid = grid_of(config)
     if config["_class_name"] == DDIM_CLASS:
         return part(DDIM, steps=min(50, num_steps), grid=grid, clip=clip)
+    if config["_class_name"] == PNDM_CLASS:
+        return part(PLMS, steps=min(50, num_steps), grid=grid, clip=clip)
     variance = choose("variance_type", config.get("variance_type", "fixed_small"), VARIANCES)
     return part(Ancestral, steps=None, variance=part(variance), grid=grid, clip=clip)
 
@@ -135,8 +149,9 @@ def grid_of(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If it has no equal here.
     """
     spacing = config.get("timestep_spacing", LEADING)
+    kind = config["_class_name"]
     # Of a DDPMScheduler the last step always leads to clean data.
-    clean = config["_class_name"] != DDIM_CLASS or config.get("set_alpha_to_one", True)
+    clean = kind == DDPM_CLASS or config.get("set_alpha_to_one", kind == DDIM_CLASS)
     if spacing != LEADING:
         grid = part(choose("timestep_spacing", spacing, SPACINGS))
         if not clean:

@@ -10,6 +10,7 @@ from diffusion_lit.diffusion import (
     DiscreteProcess,
     Grid,
     Karras,
+    Leading,
     Linear,
     LogSNR,
     Process,
@@ -197,3 +198,17 @@ def test_more_steps_than_the_chain_has_or_fewer_than_one_are_refused(grid: Grid,
     message = rf"sampler.steps={steps} must lie in 1 .. 1000.*--model.sampler.steps 1000"
     with pytest.raises(ValueError, match=message):
         grid(steps, DiscreteProcess())
+
+
+def test_the_grid_of_latent_diffusions_code() -> None:
+    """Its DDIM visits range(0, 1000, 1000 // S) + 1, and ends at the first time, whose noise stays."""
+    process = DiscreteProcess()
+    grid = Leading(offset=1, clean=False)
+    assert indices(grid, 200, process) == list(range(1, 1000, 5))
+    assert float(grid(200, process)[-1]) == process.first_time
+    assert indices(Leading(), 4, DiscreteProcess(10)) == [0, 2, 4, 6]
+    assert torch.equal(Leading()(50, process), Uniform()(50, process))
+    # Where there is no room for the offset, it is given up.
+    assert indices(Leading(1), 10, DiscreteProcess(10)) == list(range(10))
+    with pytest.raises(ValueError, match="offset=-1 must be at least 0"):
+        Leading(-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion_lit.diffusion import (
     DDIM,
+    PLMS,
     Cosine,
     DiscreteProcess,
     DPMSolver,
@@ -68,8 +69,10 @@ def orders(sampler_with: Callable[[int], Sampler], intervals: list[int]) -> list
         (lambda n: DPMSolver(n, 3, Spanning(), clip=False), 3),
         (lambda n: DPMSolver(n, 3, Spanning(), clip=False, lower_order_final=False), 3),
         (lambda n: Heun(2 * n - 1, Spanning(), clip=False), 2),
+        # Of the spacing in sigma / alpha, which the weights take to be even, remains an error of this order.
+        (lambda n: PLMS(n, Spanning(), clip=False), 2),
     ],
-    ids=["order 1", "order 2", "order 3", "order 3 to the end", "heun"],
+    ids=["order 1", "order 2", "order 3", "order 3 to the end", "heun", "plms"],
 )
 def test_the_flow_of_a_mixture_is_met_at_the_order_promised(sampler_with: Callable[[int], Sampler], order: int) -> None:
     found = orders(sampler_with, [60, 120, 240, 480])

@@ -117,9 +117,9 @@ def test_a_vq_model_of_before_scaling_factors_is_not_scaled(tmp_path: Path) -> N
     ("change", "words"),
     [
         ({"scheduler/scheduler_config.json": {"clip_sample": True}}, ["sampler.clip=true", "latents have no bounds"]),
-        ({"scheduler/scheduler_config.json": {"steps_offset": 1}}, ["steps_offset=1"]),
+        ({"scheduler/scheduler_config.json": {"steps_offset": 0.5}}, ["steps_offset=0.5"]),
         ({"vqvae/config.json": {"latent_channels": 3, "in_channels": 1, "out_channels": 1}}, ["misshapen"]),
-        ({"model_index.json": {"_class_name": "StableDiffusionPipeline"}}, ["StableDiffusionPipeline", "LDMPipeline"]),
+        ({"model_index.json": {"_class_name": "KandinskyPipeline"}}, ["KandinskyPipeline", "LDMPipeline"]),
     ],
 )
 def test_a_pipeline_that_does_not_fit_is_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:

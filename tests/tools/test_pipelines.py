@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PNDMScheduler
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as low_resolutions
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,12 +18,12 @@ from torch import Tensor
 from diffusion_lit import cli
 from diffusion_lit.checkpoint import load_model
 from diffusion_lit.conditioners import CLIPText, Joint, LowResolution, MaskedImage, Text, WordPiece
-from diffusion_lit.diffusion import DDIM, ClassifierFree, Uniform
+from diffusion_lit.diffusion import DDIM, PLMS, ClassifierFree, Uniform
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.text import encode_text
 from diffusion_lit.tools import diffusers_writer
 from tests.tools import diffusers_pipelines as made
-from tests.tools.diffusers_models import imported, seeded
+from tests.tools.diffusers_models import T, imported, seeded
 
 STEPS = 5
 PROMPTS = ["the seven", "a 7 " * 60]
@@ -44,7 +44,7 @@ def noise(model: DiffusionModule) -> Tensor:
 
 def here(model: DiffusionModule, condition: dict[str, Tensor], scale: float | None = None) -> Tensor:
     """Images in [0, 1], (2, C, H, W)."""
-    assert isinstance(model.sampler, DDIM)
+    assert isinstance(model.sampler, DDIM | PLMS)
     model.sampler.steps = STEPS
     if scale is not None:
         assert isinstance(model.guidance, ClassifierFree)
@@ -119,6 +119,24 @@ def test_texts_of_stable_diffusion(folders: Folders) -> None:
     asked = {"prompt": PROMPTS, "latents": noise(model)}
     agree(here(model, given), there(folder, **asked))
     agree(here(model, given, 1.0), there(folder, guidance_scale=1.0, **asked))
+
+
+def test_the_scheduler_of_stable_diffusion(folders: Folders, tmp_path: Path) -> None:
+    """That of its published folders; and what the pipeline sets, whatever the folder says."""
+    pndm = PNDMScheduler(T, 0.02, 0.5, "scaled_linear", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    folder = made.saved(made.stable_diffusion(scheduler=pndm), tmp_path)
+    model = imported(folder)
+    assert isinstance(model.sampler, PLMS)
+    asked = {"prompt": PROMPTS, "latents": noise(model)}
+    given = {"caption": encode_text(PROMPTS)}
+    agree(here(model, given), there(folder, **asked))
+    old = shutil.copytree(folders("stable_diffusion"), tmp_path / "old")
+    path = old / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(path.read_text()), "clip_sample": True, "steps_offset": 0}
+    path.write_text(json.dumps(config))
+    with pytest.warns(FutureWarning, match=r"clip_sample|steps_offset"):
+        expected = there(old, **asked)
+    agree(here(imported(old), given), expected)
 
 
 def holes() -> tuple[Tensor, Tensor]:
