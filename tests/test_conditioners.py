@@ -278,7 +278,25 @@ def test_conditioners_together_make_all_inputs_and_their_null() -> None:
     given = {"label": torch.tensor([3, 4]), "low_res": images(2, size=4)}
     assert made.sample([0, 1], condition=given).shape == (2, 1, 8, 8)
     with pytest.raises(ValueError, match="makes no unconditional predictions"):
-        model(Joint([Labels(0.1), LowResolution(2, 1)]), 1, num_classes=10, null_label=True, guidance=ClassifierFree())
+        model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10, guidance=ClassifierFree())
+
+
+def test_guidance_leaves_what_training_never_dropped() -> None:
+    """Here the image; or the label, where the network has none for no class."""
+    low = images(2, size=4)
+    part = Joint([Labels(0.1), LowResolution(2, 1)])
+    model(part, 1, num_classes=10, null_label=True, guidance=ClassifierFree(1.0))
+    condition: Condition = part.eval()({"label": torch.tensor([3, 4]), "low_res": low}, Pixels())
+    null = part.null(condition)
+    assert null["label"].tolist() == [-1, -1]
+    assert torch.equal(null["concat"], condition["concat"])
+    part = Joint([Labels(), LowResolution(2, 1, dropout=0.5)])
+    made = model(part, 1, num_classes=10, guidance=ClassifierFree(1.0))
+    null = part.null(condition)
+    assert null["label"].tolist() == [3, 4]
+    assert not null["concat"].any()
+    given = {"label": torch.tensor([3, 4]), "low_res": low}
+    assert made.sample([0, 1], condition=given).shape == (2, 1, 8, 8)
 
 
 def test_dropped_conditions_are_zero_in_training_alone() -> None:

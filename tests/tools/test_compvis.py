@@ -323,6 +323,36 @@ def test_the_text_encoder_is_loaded_without_its_unused_head(tmp_path: Path) -> N
     assert {name for name in found if "cond_stage" not in name} < state.keys()
 
 
+def test_texts_need_their_vocabulary_which_goes_with_them(tmp_path: Path) -> None:
+    """Files of that code do not hold it: the recipe names BERT's. Ours do."""
+    sizes = {"vocabulary": 9, "length": 5, "width": 6, "depth": 1, "num_heads": 1, "head_channels": 2}
+    state = latent_diffusion(context_width=6)
+    encoder = TextEncoder(**sizes, output_head=True)
+    state |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in state_of(encoder, 8).items()}
+    source = saved(tmp_path, state)
+
+    def recipe_with(**tokenizer: Any) -> str:
+        parts = {
+            "encoder": {"class_path": "TextEncoder", **sizes},
+            "tokenizer": {"class_path": "WordPiece", **tokenizer},
+        }
+        return recipe(tmp_path, network={"context_width": 6}, conditioner={"class_path": "Text", **parts})
+
+    with pytest.raises(ValueError, match=r"does not hold the vocabulary of its texts; set .*tokenizer\.file"):
+        imported(source, recipe_with())
+    words = tmp_path / "vocab.txt"
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "seven", "##s"]))
+    model = imported(source, recipe_with(file=str(words)))
+    words.unlink()
+    assert model.conditioner.tokens_of(["a sevens"]).tolist() == [[2, 4, 5, 6, 3]]
+    out = tmp_path / "out"
+    export_weights.main([str(tmp_path / "imported.ckpt"), "--to", "safetensors", "--out", str(out)])
+    again = tmp_path / "again.ckpt"
+    main([str(out / "model.safetensors"), "--out", str(again)])
+    second = load_model(again, DiffusionModule).conditioner
+    assert torch.equal(second.encode(["a sevens"]), model.conditioner.encode(["a sevens"]))
+
+
 def test_the_tokens_of_classes_are_loaded(tmp_path: Path) -> None:
     weight = torch.randn(3, 6)
     state = {**latent_diffusion(context_width=6), "cond_stage_model.embedding.weight": weight}
