@@ -122,6 +122,14 @@ def network_of(model: System) -> nn.Module:
     return cast(nn.Module, model.denoiser.network if isinstance(model, DiffusionModule) else model.network)
 
 
+def check_scaled(codec: object, source: Path) -> None:
+    """Raises ValueError if a codec does not know how latents were scaled."""
+    if isinstance(codec, FirstStage) and not codec.scale.isfinite().all():
+        raise ValueError(
+            f"{source} does not say by which factor latents were scaled; set model.codec.scale in a recipe of your own"
+        )
+
+
 def load(model: System, parts: Mapping[nn.Module, Mapping[str, Tensor]], source: Path) -> None:
     """Gives parts of a model their tensors, in the precision that they have.
 
@@ -136,11 +144,7 @@ def load(model: System, parts: Mapping[nn.Module, Mapping[str, Tensor]], source:
         ValueError: If they are not exactly the parts' tensors, or not finite, or others of the model are missing, or it
             is not known how its latents were scaled.
     """
-    codec = getattr(model, "codec", None)
-    if isinstance(codec, FirstStage) and not codec.scale.isfinite().all():
-        raise ValueError(
-            f"{source} does not say by which factor latents were scaled; set model.codec.scale in a recipe of your own"
-        )
+    check_scaled(getattr(model, "codec", None), source)
     given = {id(tensor) for module in parts for tensor in module.state_dict(keep_vars=True).values()}
     others = [
         name
@@ -165,7 +169,7 @@ def fill_first_stage(model: System, state: Mapping[str, Tensor], source: Path) -
     """Gives the codec of a diffusion model the tensors of its autoencoder.
 
     Raises:
-        ValueError: If they are not exactly the autoencoder's.
+        ValueError: If they are not exactly the autoencoder's, or the scale of its latents is not known.
     """
     codec = model.codec
     if not isinstance(codec, FirstStage):
@@ -173,6 +177,7 @@ def fill_first_stage(model: System, state: Mapping[str, Tensor], source: Path) -
             f"{source} holds an autoencoder and the model has a {type(codec).__name__} for a codec; give a recipe of "
             "latent diffusion by -c"
         )
+    check_scaled(codec, source)
     network = copy.deepcopy(codec.network)
     check_tensors({name: tensor.shape for name, tensor in network.state_dict().items()}, state, source)
     network.load_state_dict(state)

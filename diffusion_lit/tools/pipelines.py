@@ -63,7 +63,7 @@ def texts_and_masked_image(folder: Path, network: Mapping[str, Any]) -> Conditio
         raise ValueError(
             f"in_channels={network['in_channels'] + network['concat_channels']} of the U-Net: for inpainting ours has "
             f"{2 * network['in_channels'] + 1}, those of latents, a mask and a masked image's latents; import "
-            "a network that is given no holes by its StableDiffusionPipeline, and inpaint with --edit RePaint"
+            "a network that is given no holes by its StableDiffusionPipeline, and inpaint with --edit Replacement"
         )
     masked = part(MaskedImage, convention=part(StableDiffusion))
     return Conditioned(part(Joint, conditioners=[texts_of_clip(folder, network).part, masked]), {})

@@ -180,6 +180,24 @@ def test_a_recipe_says_how_an_autoencoder_is_trained(tmp_path: Path) -> None:
     assert load_model(out, AutoencoderModule).loss.regularizer_weight == 0.5
 
 
+def test_a_network_alone_needs_what_a_pipeline_would_say(tmp_path: Path) -> None:
+    """The conditioner, and how latents were scaled."""
+    conditional("plain").save_pretrained(tmp_path / "context" / "unet")
+    scheduler().save_pretrained(tmp_path / "context" / "scheduler")
+    with pytest.raises(ValueError, match="attends to a context: give by -c the recipe with the conditioner"):
+        imported(tmp_path / "context")
+    stage("KL").save_pretrained(tmp_path / "vae")
+    import_weights.main([str(tmp_path / "vae"), "--out", str(tmp_path / "vae.ckpt")])
+    theirs().save_pretrained(tmp_path / "latent" / "unet")
+    scheduler().save_pretrained(tmp_path / "latent" / "scheduler")
+    codec = {"class_path": "FirstStage", "checkpoint": str(tmp_path / "vae.ckpt")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": {"codec": codec}}))
+    with pytest.raises(ValueError, match=r"by which factor latents were scaled; set model\.codec\.scale"):
+        imported(tmp_path / "latent", "-c", str(tmp_path / "recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": {"codec": {**codec, "scale": 0.5}}}))
+    assert imported(tmp_path / "latent", "-c", str(tmp_path / "recipe.yaml")).image_shape == (3, 32, 32)
+
+
 def test_a_network_with_cross_attention_takes_its_conditioner_from_a_recipe(tmp_path: Path) -> None:
     reference = conditional("plain")
     reference.save_pretrained(tmp_path / "unet")
