@@ -48,7 +48,7 @@ def write_safetensors(model: System, folder: Path, checkpoint: dict[str, Any], w
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / SAFETENSORS, metadata=metadata)
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+def write_whole(folder: Path, write: Callable[[Path], object]) -> None:
     """Writes a folder beside its place and renames it once it is complete.
 
     Raises:

@@ -167,9 +167,9 @@ def grid_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def grid_configuration(grid: Grid) -> dict[str, Any]:
     """What a scheduler_config.json says of a grid; one that diffusers lacks becomes "leading"."""
-    spacings: dict[type[Grid], str] = {cls: name for name, cls in SPACINGS.items()}
+    spacings = {cls.__name__: name for name, cls in SPACINGS.items()}
     return {
-        "timestep_spacing": spacings.get(type(grid), LEADING),
+        "timestep_spacing": spacings.get(type(grid).__name__, LEADING),
         "steps_offset": grid.offset if isinstance(grid, Leading) else 0,
     }
 

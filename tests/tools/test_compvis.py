@@ -325,7 +325,7 @@ def test_the_text_encoder_is_loaded_without_its_unused_head(tmp_path: Path) -> N
 
 def test_texts_need_their_vocabulary_which_goes_with_them(tmp_path: Path) -> None:
     """Files of that code do not hold it: the recipe names BERT's. Ours do."""
-    sizes = {"vocabulary": 9, "length": 5, "width": 6, "depth": 1, "num_heads": 1, "head_channels": 2}
+    sizes: dict[str, Any] = {"vocabulary": 9, "length": 5, "width": 6, "depth": 1, "num_heads": 1, "head_channels": 2}
     state = latent_diffusion(context_width=6)
     encoder = TextEncoder(**sizes, output_head=True)
     state |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in state_of(encoder, 8).items()}
@@ -349,7 +349,7 @@ def test_texts_need_their_vocabulary_which_goes_with_them(tmp_path: Path) -> Non
     export_weights.main([str(tmp_path / "imported.ckpt"), "--to", "safetensors", "--out", str(out)])
     again = tmp_path / "again.ckpt"
     main([str(out / "model.safetensors"), "--out", str(again)])
-    second = load_model(again, DiffusionModule).conditioner
+    second: Any = load_model(again, DiffusionModule).conditioner
     assert torch.equal(second.encode(["a sevens"]), model.conditioner.encode(["a sevens"]))
 
 
