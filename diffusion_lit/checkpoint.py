@@ -24,6 +24,14 @@ AVERAGED = "averaged"
 RAW = "raw"
 SNAPSHOTS = "step_" + 8 * "[0-9]" + ".ckpt"
 Model = TypeVar("Model", bound=nn.Module)
+_KINDS: dict[str, Any] = {
+    "config": dict,
+    "global_step": int,
+    "class_names": list | tuple,
+    **dict.fromkeys(("callbacks", "loops", "averages", "codec"), dict),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+}
+"""What entries of a checkpoint are, where they are not None."""
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -141,7 +149,29 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
+    _require_kinds(checkpoint, path)
     return checkpoint if checkpoint.get("format") == FORMAT else upgrade(checkpoint)
+
+
+def _require_kinds(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError if an entry of a checkpoint is not of its kind."""
+    for name, kind in _KINDS.items():
+        value = checkpoint.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{path} is damaged, or no checkpoint: its {name} is {type(value).__name__}")
+    sets = {"state_dict": checkpoint["state_dict"]}
+    if "averages" in checkpoint:
+        averages = checkpoint["averages"] or {}
+        own = averages.get("averages")
+        if not isinstance(own, dict) or not isinstance(averages.get("decays"), list):
+            raise ValueError(f"{path} is damaged, or no checkpoint: its averages have no names")
+        sets |= {"current_model_state": checkpoint.get("current_model_state"), **own}
+    for name, state in sets.items():
+        tensors = isinstance(state, dict) and all(isinstance(n, str) for n in state)
+        if not tensors or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError(f"{path} is damaged, or no checkpoint: its {name} does not hold tensors by name")
+    if not all(isinstance(name, str) for name in checkpoint.get("class_names") or ()):
+        raise ValueError(f"{path} is damaged, or no checkpoint: its class_names are not texts")
 
 
 def choose_weights(checkpoint: Mapping[str, Any], weights: str = AVERAGED) -> dict[str, Tensor]:
@@ -188,10 +218,21 @@ def load_model(
             f"{path} carries no configuration of its model; make the model in Python and give it the weights by "
             "model.load(read_checkpoint(path))"
         )
-    model = build(config, base, trust, source=str(path))
+    file = Path(path).resolve()
+    if file in _loading:
+        raise ValueError(f"{path} names itself, through its own configuration")
+    _loading.append(file)
+    try:
+        model = build(config, base, trust, source=str(path))
+    finally:
+        _loading.remove(file)
     load: Any = model
     load.load(checkpoint, weights, path)
     return model.eval()
+
+
+_loading: list[Path] = []
+"""The files whose models are being made: a model may need another one, such as a classifier that guides it."""
 
 
 class WholeFiles(TorchCheckpointIO):

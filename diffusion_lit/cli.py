@@ -26,7 +26,7 @@ from diffusion_lit.loggers import clear_save_dir, fill_save_dir, log_hyperparams
 from diffusion_lit.main import COMMANDS, main, outlive_terminal
 from diffusion_lit.parts import Slot, import_part, signature
 from diffusion_lit.recipes import names
-from diffusion_lit.sections import CARRIED, SECTIONS, SEED
+from diffusion_lit.sections import CARRIED, SECTIONS, SEED, WRITTEN
 from diffusion_lit.system import System
 from diffusion_lit.trainer import Trainer
 
@@ -184,7 +184,7 @@ def merged(command: Command, slots: Mapping[str, Slot]) -> dict[str, Any]:
         defaults = {**defaults, "logger": None}
     tree: dict[str, Any] = Merge(typed=True).sections({SEED: 0}, {"trainer": defaults}, slots)
     if path is not None:
-        carried = {k: v for k, v in (read_checkpoint(path).get("config") or {}).items() if k in CARRIED}
+        carried = carried_sections(read_checkpoint(path))
         if "model" not in carried and not command.files and "model" not in dict(command.options):
             raise ValueError(f"{path} carries no configuration of its model; give the one it was trained with by -c")
         tree = Merge(command.trust, path).sections(tree, carried, slots)
@@ -193,6 +193,15 @@ def merged(command: Command, slots: Mapping[str, Slot]) -> dict[str, Any]:
     if tree["trainer"].get("default_root_dir") is None and (name := run_name(command)) is not None:
         tree["trainer"]["default_root_dir"] = str(Path("runs") / name)
     return tree
+
+
+def carried_sections(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of a command: no other sections, and not where files are written."""
+    carried = {name: value for name, value in (checkpoint.get("config") or {}).items() if name in CARRIED}
+    for section, written in WRITTEN.items():
+        if isinstance(carried.get(section), Mapping):
+            carried[section] = {name: value for name, value in carried[section].items() if name not in written}
+    return carried
 
 
 def help_on(command: Command) -> str:

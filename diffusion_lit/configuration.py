@@ -47,6 +47,8 @@ from diffusion_lit.upgrade import RENAMED
 
 SPECIAL = ("class_path", "init_args", "dict_kwargs")
 DEPTH = 40
+MOST_VALUES = 100_000
+"""Of one file. What refers to a value many times, as YAML's aliases do, counts as often."""
 Part = TypeVar("Part")
 _PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*", re.ASCII)
 _PREFIXES = (PACKAGE, "torch.optim", "lightning.pytorch.loggers", "lightning.pytorch.callbacks")
@@ -69,6 +71,7 @@ class Merge:
         self.trust = trust
         self.source = f"{source}: " if source else ""
         self.typed = typed
+        self._count = 0
 
     def sections(self, below: Mapping[str, Any], above: Any, slots: Mapping[str, Slot]) -> dict[str, Any]:
         """A whole configuration.
@@ -86,8 +89,7 @@ class Merge:
 
     def value(self, slot: Slot, below: Any, above: Any, key: str, depth: int = 0) -> Any:
         """The value of one argument; `below` is MISSING where it has none yet."""
-        if depth > DEPTH:
-            raise self._error(key, f"is nested more than {DEPTH} deep")
+        self._enter(key, depth)
         kind = replace(takes(slot.hint), bases=()) if slot.plain else takes(slot.hint)
         if self.typed and isinstance(above, str):
             above = read_value(above, kind)
@@ -110,16 +112,24 @@ class Merge:
             return old | {
                 n: self.value(item, old.get(n, MISSING), v, f"{key}.{n}", depth + 1) for n, v in above.items()
             }
+        value = self._plain(above, key, depth)
         if kind.function or (slot.plain and kind.anything):
-            for text in _texts(above):
+            for text in _texts(value):
                 if "." in text and _PATH.fullmatch(text):
                     self._may_import(text, key)
-        value = self._plain(above, key, depth)
         if not kind.accepts(value):
             raise self._error(f"{key}={'null' if value is None else repr(value)}", f"must be {kind}")
         if type(value) is int and float not in kind.scalars and not kind.anything:
             self._require_size(value, key)
         return value
+
+    def _enter(self, key: str, depth: int) -> None:
+        """Counts a value; raises ValueError if it lies too deep, or there are too many."""
+        self._count += 1
+        if depth > DEPTH:
+            raise self._error(key[:60], f"is nested more than {DEPTH} deep")
+        if self._count > MOST_VALUES:
+            raise self._error(key[:60], f"the file has more than {MOST_VALUES} values")
 
     def _require_size(self, value: int, key: str) -> None:
         """Refuses sizes and counts that no machine has; seeds and steps may be larger."""
@@ -172,6 +182,7 @@ class Merge:
         depth: int = 0,
     ) -> dict[str, Any]:
         """`old` with the arguments of a layer laid over them, which may stand in `init_args` or not."""
+        self._enter(key, depth)
         if not isinstance(above, Mapping):
             raise self._error(key, f"must be keys and values, not {above!r}")
         new = dict(old)
@@ -237,8 +248,7 @@ class Merge:
 
     def _plain(self, value: Any, key: str, depth: int = 0) -> Any:
         """Plain data as they are, with `~` expanded; raises ValueError for anything that could become a part."""
-        if depth > DEPTH:
-            raise self._error(key, f"is nested more than {DEPTH} deep")
+        self._enter(key, depth)
         if isinstance(value, str):
             if not self.typed and any(mark in value for mark in ":{["):
                 self._plain_text(value, key, depth)
@@ -271,7 +281,7 @@ class Merge:
         new = RENAMED.get(f"{where}{end}") or (RENAMED[where] + end if where in RENAMED else None)
         if new:
             return ValueError(f"{self.source}unknown key {where + end!r}; it is called {new!r}")
-        nearest = get_close_matches(name, [*slots, *SPECIAL[:2]], 1)
+        nearest = get_close_matches(name, [*slots, *(SPECIAL[:2] if "." in where else ())], 1)
         if nearest:
             right = ".".join([*where.split(".")[:-1], nearest[0]])
             return ValueError(f"{self.source}unknown key {where + end!r}; did you mean {right + end!r}?")

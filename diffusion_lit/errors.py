@@ -15,6 +15,8 @@ VAGUE_ERRORS = (TypeError, RuntimeError, ZeroDivisionError, OverflowError)
 """Those whose messages do not make sense without their names."""
 OTHER_ERRORS = (LookupError, AttributeError, AssertionError, ImportError, SyntaxError, NameError)
 """Errors that are the user's where another package raises them, for what it was given, and bugs where this one does."""
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
+"""What torch says where tensors are larger than the memory."""
 LONG = 300
 """Characters of the longest word that is quoted in full."""
 _PACKAGE = "diffusion_lit"
@@ -52,7 +54,7 @@ def report(error: Exception) -> NoReturn:
     text = str(cause)
     if is_of_another_process(cause):
         fail(f"another process has failed or does not answer, see its own error ({' '.join(text.split())[:200]})")
-    if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and "can't allocate memory" in text):
+    if isinstance(cause, MemoryError) or any(words in text for words in NO_MEMORY):
         fail(f"there is not enough memory ({text or 'MemoryError'}); use smaller batches or a smaller network")
     if isinstance(cause, ModuleNotFoundError) and not str(cause.name).startswith(_PACKAGE):
         fail(f"{text}; install it with pip, or choose another part")
@@ -88,7 +90,8 @@ def innermost(error: BaseException) -> BaseException:
         if (found := of_a_part(str(error))) is not None:
             return ValueError(found)
         error = cast(BaseException, error.__cause__ or error.__context__)
-    return error
+    found = of_a_part(str(error)) if "Union subtypes" in str(error) else None
+    return error if found is None else ValueError(found)
 
 
 def of_a_part(text: str) -> str | None:

@@ -12,8 +12,8 @@ from diffusion_lit.data import ImageData
 from diffusion_lit.data.dataset import Split
 from diffusion_lit.types import Condition
 
-MOST_IMAGES = 100_000_000
-"""More than a directory takes."""
+MOST = {"num_images": 100_000_000, "batch_size": 2**20}
+"""More images than a directory takes, and more at once than any memory."""
 
 
 class Conditions(ABC):
@@ -131,8 +131,8 @@ class Requests(Dataset[Request]):
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{prefix}{name}={value} must be at least 1")
-        if num_images > MOST_IMAGES:
-            raise ValueError(f"{prefix}num_images={num_images} must be at most {MOST_IMAGES}")
+            if value > MOST[name]:
+                raise ValueError(f"{prefix}{name}={value} must be at most {MOST[name]}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"{prefix}seed={seed} must lie in 0 .. 2^64 - 1")
         self.num_images = num_images

@@ -10,7 +10,7 @@ from diffusion_lit.parts import Slot
 from diffusion_lit.system import System
 from diffusion_lit.weights import SEED
 
-__all__ = ["CARRIED", "SECTIONS", "SEED"]
+__all__ = ["CARRIED", "SECTIONS", "SEED", "WRITTEN"]
 
 SECTIONS: dict[str, type[Callback]] = {
     "ema": EMA,
@@ -27,3 +27,5 @@ CARRIED: dict[str, Slot] = {
     **{section: Slot(callback, fixed=True) for section, callback in SECTIONS.items()},
 }
 """All sections that a checkpoint carries, and what each takes."""
+WRITTEN: dict[str, tuple[str, ...]] = {"evaluation": ("cache_dir",)}
+"""Arguments, by section, that say where files are written: a checkpoint that somebody else made has no say in that."""

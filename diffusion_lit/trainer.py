@@ -142,6 +142,11 @@ class Trainer(L.Trainer):
                 or if a checkpoint is damaged, does not fit or has no steps left.
             FileNotFoundError: If a checkpoint is not there.
         """
+        if init_from is not None and ckpt_path not in (None, LAST):
+            raise ValueError(
+                f"ckpt_path={ckpt_path} continues a run and init_from={init_from} starts one; give one of them, or "
+                "--ckpt_path last beside --init_from, which continues the run if there is one"
+            )
         if isinstance(model, System):
             model.check_training(self)
         if self.world_size > 1 and datamodule is not None and not isinstance(datamodule, ImageData):
@@ -348,6 +353,8 @@ def initialize(model: L.LightningModule, path: str) -> None:
     """Gives a new run the averaged weights of a checkpoint; see `Weighted.initialize`."""
     if not isinstance(model, System):
         raise ValueError(f"init_from: a {type(model).__name__} is no System")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"init_from={path}: there is no such file")
     fresh = model.initialize(read_checkpoint(path))
     rank_zero_info(f"starting from the weights of {path}" + (f"; at random: {', '.join(fresh)}" if fresh else ""))
 

@@ -17,6 +17,11 @@ RENAMED: dict[str, str] = {
     "model.objective.uniform": "model.objective.times.uniform",
     "model.learning_rate": "model.optimizer.lr",
     "model.lr": "model.optimizer.lr",
+    "lr": "model.optimizer.lr",
+    "batch_size": "data.batch_size",
+    **{
+        name: f"trainer.{name}" for name in ("max_steps", "max_epochs", "accelerator", "devices", "precision", "logger")
+    },
     **{f"data.{name}": f"data.source.{name}" for name in _OF_SOURCES},
 }
 """Keys of version 0.1.0 that have another name now, and names that others use; without init_args."""

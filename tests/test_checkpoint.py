@@ -299,3 +299,29 @@ def test_snapshots_beyond_so_many_are_removed_oldest_first_and_all_kinds_load(tm
 def test_numbers_of_checkpoints_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"checkpoints\.{name}=0 must be at least 1"):
         Checkpoints(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("state_dict", None),
+        ("state_dict", {"weight": "text"}),
+        ("averages", None),
+        ("averages", {"averages": [1], "decays": [0.9]}),
+        ("averages", {"averages": {"0.9": {"weight": 5}}, "decays": [0.9]}),
+        ("current_model_state", 5),
+        ("global_step", "3"),
+        ("global_step", True),
+        ("class_names", ["frog", None]),
+        ("config", ["model"]),
+        ("loops", 7),
+        ("optimizer_states", {}),
+    ],
+)
+def test_an_entry_of_another_kind_is_named(entry: str, value: Any, tmp_path: Path) -> None:
+    whole = {"state_dict": {}, "current_model_state": {}, "averages": {"averages": {}, "decays": [0.9]}, "format": 2}
+    torch.save(whole, tmp_path / "whole.ckpt")
+    assert read_checkpoint(tmp_path / "whole.ckpt")["format"] == 2
+    torch.save({**whole, entry: value}, tmp_path / "odd.ckpt")
+    with pytest.raises(ValueError, match=rf"odd\.ckpt is damaged, or no checkpoint: its ({entry}|0\.9) "):
+        read_checkpoint(tmp_path / "odd.ckpt")

@@ -1,8 +1,10 @@
 """Frozen text towers of CLIP, with random weights."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +86,37 @@ def test_a_missing_package_or_folder_is_one_line(tower: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"needs the transformers package .*; pip install 'diffusion-lit\[text\]'"):
         CLIPText(str(tower))
+
+
+def test_what_a_tower_s_files_ask_for_beside_its_shape_is_not_done(
+    tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, marker = tmp_path / "hostile", tmp_path / "MARKER"
+    shutil.copytree(tower, place)
+    monkeypatch.chdir(place / "text_encoder")
+    (place / "text_encoder" / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    asked = {
+        "attn_implementation": "kernels-community/flash-attn2",
+        "experts_implementation": "kernels-community/megablocks",
+        "quantization_config": {"quant_method": "mxfp4"},
+        "auto_map": {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"},
+        "trust_remote_code": True,
+    }
+    for name in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+        file = place / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **asked}))
+    assert torch.equal(CLIPText(str(place)).encode(["the"]), CLIPText(str(tower)).encode(["the"]))
+    assert not marker.exists()
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return marker.touch, ()
+
+    (place / "text_encoder" / "model.safetensors").unlink()
+    torch.save({"text_model.final_layer_norm.weight": Evil()}, place / "text_encoder" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no CLIP text model that can be read"):
+        CLIPText(str(place))
+    assert not marker.exists()
+    (place / "text_encoder" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json changes the tower"):
+        CLIPText(str(place))

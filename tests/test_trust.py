@@ -49,6 +49,19 @@ def deep(levels: int, inner: Any) -> Any:
     return inner
 
 
+def bomb(levels: int = 30) -> Any:
+    """A list of 2^levels values, of which few are distinct: what YAML's aliases and pickles can hold."""
+    found: Any = ["x"]
+    for _ in range(levels):
+        found = [found, found]
+    return found
+
+
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{b}: &{b} [{', '.join(10 * [f'*{a}'])}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
 # Where in the configuration, and what an attacker puts there.
 ATTACKS: dict[str, tuple[str, Any]] = {
     "a class inside an untyped argument of a torch class as extractor": ("evaluation.extractor", NORM),
@@ -117,6 +130,11 @@ ATTACKS: dict[str, tuple[str, Any]] = {
     "a class path as text of an untyped argument": (OPTIMIZER, part(ADAM, foreach=json.dumps(RUN))),
     "a configuration file as a part": (SAMPLER, "evil.yaml"),
     "a class very deep in lists": (f"{NETWORK}.init_args.multipliers", deep(300, RUN)),
+    "more values than any memory holds": (
+        "evaluation.table",
+        part("diffusion_lit.evaluation.SamplerTable", samplers={"x": bomb()}),
+    ),
+    "more values than any memory holds, as text": (OPTIMIZER, part(ADAM, foreach=ALIASES)),
     "an unknown section with a class": ("model.init_args.extra", RUN),
 }
 
@@ -288,3 +306,37 @@ def test_the_parser_s_settings_are_as_before_afterwards() -> None:
     with configuration.only_imports(["mine"]):
         assert parsing_settings != before
     assert parsing_settings == before
+
+
+def test_a_checkpoint_does_not_say_where_files_are_written(evil: Path) -> None:
+    file = carry(evil / "odd.ckpt", attacked("evaluation.cache_dir", str(evil / "cache")))
+    command = cli.parse(["test", "--ckpt_path", file], ["test"])
+    assert cli.merged(command, cli.command_slots("test"))["evaluation"].get("cache_dir") is None
+    command = cli.parse(["test", "--ckpt_path", file, "--evaluation.cache_dir", "mine"], ["test"])
+    assert cli.merged(command, cli.command_slots("test"))["evaluation"]["cache_dir"] == "mine"
+
+
+@pytest.mark.parametrize("config", [[1], "model", 5, {"model": None}, {"model": [1]}, {"model": "x" * 5000}])
+def test_a_configuration_of_another_form_is_one_line(
+    config: Any, evil: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = carry(evil / "odd.ckpt", config)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["predict", "--ckpt_path", file])
+    error = capfd.readouterr().err
+    assert (end.value.code, error.count("\n")) == (2, 1), error
+
+
+def test_a_checkpoint_that_names_itself_is_refused(evil: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    network = copy.deepcopy(MODEL["init_args"]["network"])
+    network["init_args"]["attention"] = []
+    distance = part("diffusion_lit.methods.anomaly.maps.FeatureDistance", checkpoint=str(evil / "bad.ckpt"))
+    detector = part("diffusion_lit.methods.anomaly.maps.Detector", distance=distance)
+    model = part("AnoDDPM", network=network, detector=detector)
+    file = carry(evil / "bad.ckpt", {"model": model, "data": DATA})
+    with pytest.raises(ValueError, match="names itself"):
+        load_model(file)
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--ckpt_path", file, "--trainer.accelerator", "cpu"])
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line == f"diffusion_lit: error: {file} names itself, through its own configuration"

@@ -15,6 +15,12 @@ from diffusion_lit.frozen import Frozen
 
 TOWER, TOKENIZER = "text_encoder", "tokenizer"
 """Sub-folders of a pipeline."""
+ARCHITECTURE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""All that is taken from a tower's config.json, which could ask for code too: kernels, quantisation."""
+ADAPTER = "adapter_config.json"
 
 
 class CLIPText(Prompts):
@@ -84,7 +90,7 @@ class CLIPText(Prompts):
 def _load(path: Path) -> tuple[Any, Any]:
     """The tower and its tokenizer."""
     try:
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     except ImportError as error:
         raise ValueError(
             f"conditioner: CLIPText needs the transformers package ({error}); pip install 'diffusion-lit[text]'"
@@ -96,8 +102,10 @@ def _load(path: Path) -> tuple[Any, Any]:
                 f"conditioner.folder={path} holds no CLIP text model: {folder / file} is missing; give a folder that "
                 "CLIPTextModel and CLIPTokenizer were saved in"
             )
+    if (tower / ADAPTER).is_file():
+        raise ValueError(f"conditioner.folder={path}: {tower / ADAPTER} changes the tower; merge it into the weights")
     try:
-        model = _tower(CLIPTextModel, tower)
+        model = _tower(CLIPTextModel, CLIPTextConfig, tower)
         tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -116,15 +124,19 @@ def _load(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _tower(cls: Any, folder: Path) -> Any:
+def _tower(cls: Any, settings: Any, folder: Path) -> Any:
     """The text tower in a folder, in float32, also of a file in half precision; all of its weights must be there."""
     from transformers.utils import logging
 
     plain = any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
     half = next((kind for kind in ("fp16", "bf16") if list(folder.glob(f"*.{kind}.*"))), None)
     with _quietly(logging):
+        said = settings.from_pretrained(folder, local_files_only=True)
         model, info = cls.from_pretrained(
             folder,
+            config=settings(**{name: getattr(said, name) for name in ARCHITECTURE}),
+            attn_implementation="sdpa",
+            weights_only=True,
             local_files_only=True,
             dtype=torch.float32,
             variant=None if plain else half,
@@ -133,7 +145,7 @@ def _tower(cls: Any, folder: Path) -> Any:
     missing = [*info["missing_keys"], *info["mismatched_keys"]]
     if missing:
         raise ValueError(f"{len(missing)} of its weights are missing, first {missing[0]}")
-    if getattr(model.config, "use_attention_mask", False):
+    if getattr(said, "use_attention_mask", False):
         raise ValueError("use_attention_mask in its config.json has no equal here: no mask is given to the tower")
     return model
 
