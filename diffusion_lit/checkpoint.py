@@ -163,7 +163,7 @@ def _require_kinds(checkpoint: Mapping[str, Any], path: Path) -> None:
     if "averages" in checkpoint:
         averages = checkpoint["averages"] or {}
         own = averages.get("averages")
-        if not isinstance(own, dict) or not isinstance(averages.get("decays"), list):
+        if not isinstance(own, dict) or not isinstance(averages.get("decays", ()), list | tuple):
             raise ValueError(f"{path} is damaged, or no checkpoint: its averages have no names")
         sets |= {"current_model_state": checkpoint.get("current_model_state"), **own}
     for name, state in sets.items():

@@ -19,7 +19,7 @@ from diffusion_lit.callbacks import Plots, ProgressBar, Report, Scalars
 from diffusion_lit.callbacks.signals import Stopped
 from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.checkpoint import read_checkpoint, run_of
-from diffusion_lit.command import Command, configuration, parse, require, run_name
+from diffusion_lit.command import Command, configuration, known_elsewhere, parse, require, run_name
 from diffusion_lit.configuration import Merge, class_paths, only_imports
 from diffusion_lit.errors import OTHER_ERRORS
 from diffusion_lit.loggers import clear_save_dir, fill_save_dir, log_hyperparams
@@ -188,8 +188,7 @@ def merged(command: Command, slots: Mapping[str, Slot]) -> dict[str, Any]:
         if "model" not in carried and not command.files and "model" not in dict(command.options):
             raise ValueError(f"{path} carries no configuration of its model; give the one it was trained with by -c")
         tree = Merge(command.trust, path).sections(tree, carried, slots)
-    others = {option for name in (*LOADING, "fit") for option in command_slots(name)}
-    tree = configuration(command, slots, tree, sorted(others))
+    tree = configuration(command, slots, tree, known_elsewhere())
     if tree["trainer"].get("default_root_dir") is None and (name := run_name(command)) is not None:
         tree["trainer"]["default_root_dir"] = str(Path("runs") / name)
     return tree

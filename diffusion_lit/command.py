@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -97,7 +97,7 @@ def parse(args: Sequence[str], names: Sequence[str]) -> Command:
 
 
 def configuration(
-    command: Command, slots: Mapping[str, Slot], below: Mapping[str, Any], ignored: Sequence[str] | None = ()
+    command: Command, slots: Mapping[str, Slot], below: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> dict[str, Any]:
     """What a command's files and options make of a configuration.
 
@@ -105,7 +105,7 @@ def configuration(
         command: The command.
         slots: The sections that it takes.
         below: The configuration that everything is laid over.
-        ignored: Keys that a file may have for other commands; None: any.
+        ignored: Keys that a file may have for other commands.
 
     Raises:
         ValueError: If a key is unknown, or a value or part does not go where it was put.
@@ -113,15 +113,17 @@ def configuration(
     tree = dict(below)
     for name in command.files:
         for layer in _layers(name):
-            heads = {key: str(key).partition(".")[0] for key in layer.tree}
-            passed_over = set(heads.values() if ignored is None else ignored) - set(slots)
             merge = Merge(command.trust, layer.source, typed=not layer.source)
-            content = {key: value for key, value in layer.tree.items() if heads[key] not in passed_over}
-            tree = merge.sections(tree, content, slots)
+            tree = merge.sections(tree, without(layer.tree, set(ignored) - set(slots)), slots)
     typed = Merge(command.trust, typed=True)
     for key, value in command.options:
         tree = typed.sections(tree, {key: value}, slots)
     return tree
+
+
+def without(tree: Mapping[str, Any], sections: Collection[str]) -> dict[str, Any]:
+    """A configuration without some sections, whose keys may be dotted."""
+    return {key: value for key, value in tree.items() if str(key).partition(".")[0] not in sections}
 
 
 def _layers(name: str) -> list[Layer]:
@@ -132,6 +134,15 @@ def _layers(name: str) -> list[Layer]:
         return [Layer("", get_loader("yaml")(name))]
     except yaml.YAMLError as error:
         raise ValueError(f"--config: {' '.join(str(error).split())}") from error
+
+
+def known_elsewhere() -> set[str]:
+    """The keys that a recipe may have for commands with a Trainer."""
+    trainer = import_part("diffusion_lit.trainer.Trainer")
+    commands = [getattr(trainer, name) for name in ("fit", "validate", "test", "predict")]
+    carried = import_part("diffusion_lit.sections.CARRIED")
+    options = {option for command in commands for option in signature(command, 1).slots}
+    return {"trainer", *carried, *options} - {"datamodule"}
 
 
 def run_name(command: Command) -> str | None:

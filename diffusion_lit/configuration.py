@@ -126,10 +126,9 @@ class Merge:
     def _enter(self, key: str, depth: int) -> None:
         """Counts a value; raises ValueError if it lies too deep, or there are too many."""
         self._count += 1
-        if depth > DEPTH:
-            raise self._error(key[:60], f"is nested more than {DEPTH} deep")
-        if self._count > MOST_VALUES:
-            raise self._error(key[:60], f"the file has more than {MOST_VALUES} values")
+        if depth > DEPTH or self._count > MOST_VALUES:
+            problem = f"is nested more than {DEPTH} deep" if depth > DEPTH else f"has more than {MOST_VALUES} values"
+            raise self._error(key[:60], problem)
 
     def _require_size(self, value: int, key: str) -> None:
         """Refuses sizes and counts that no machine has; seeds and steps may be larger."""
@@ -293,10 +292,6 @@ class Merge:
         if not nearest:
             return self._error(key, f"there is no {name}; there are {', '.join(sorted(known))}")
         return self._error(key, f"there is no {name}; did you mean {nearest[0]!r}?")
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value in (None, MISSING) else [value]
 
 
 def _texts(value: Any) -> Iterator[str]:

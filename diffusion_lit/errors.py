@@ -20,6 +20,8 @@ NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 LONG = 300
 """Characters of the longest word that is quoted in full."""
 _PACKAGE = "diffusion_lit"
+_IN_A_WORKER = "in DataLoader worker process"
+_RAISED = re.compile(r"[A-Za-z_][\w.]*: ")
 _OF_A_PART = re.compile(r"^  - (?!Expected a )(?:Problem with given class_path '.*':\s)?((?:.*\n)(?: {4}.*\n)*)", re.M)
 """Where an argument takes several types, the parser joins the errors of all of them: that of a part is to the point."""
 _WRAPPERS = ("jsonargparse", "lightning.pytorch.utilities.combined_loader")
@@ -59,6 +61,7 @@ def report(error: Exception) -> NoReturn:
     if isinstance(cause, ModuleNotFoundError) and not str(cause.name).startswith(_PACKAGE):
         fail(f"{text}; install it with pip, or choose another part")
     if is_users(cause):
+        text = of_a_worker(text) + remedy(cause)
         fail(f"{type(cause).__name__}: {text}" if type(cause) in VAGUE_ERRORS else text)
     if isinstance(cause, OTHER_ERRORS) and not is_raised_in(cause, (_PACKAGE,)):
         where = traceback.extract_tb(cause.__traceback__)[-1]
@@ -69,6 +72,21 @@ def report(error: Exception) -> NoReturn:
         "command, as CONTRIBUTING.md describes\n"
     )
     raise SystemExit(1)
+
+
+def of_a_worker(text: str) -> str:
+    """The message of an error that a loader's worker raised, which comes with the worker's traceback; others as is."""
+    if not text.startswith("Caught ") or _IN_A_WORKER not in text:
+        return text
+    lines = text.rstrip().split("\n")
+    start = max(number for number, line in enumerate(lines) if _RAISED.match(line) or number == 0)
+    return "\n".join(lines[start:]).partition(": ")[2] or text
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about an image that cannot be read."""
+    unreadable = any(kind.__name__ == "CorruptImage" for kind in type(error).__mro__)
+    return "; --data.on_corrupt skip leaves such images out" if unreadable and "none of" not in str(error) else ""
 
 
 def is_users(error: BaseException) -> bool:

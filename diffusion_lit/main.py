@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from diffusion_lit.errors import fail, report
 
@@ -86,6 +86,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else list(args)
     _open_streams()
+    stderr = sys.stderr
+    # Progress that nobody reads any more ends no work.
+    sys.stderr = cast(TextIO, Unbreakable(stderr))
     try:
         _run([_expanded(word) for word in words])
     except BrokenPipeError as error:
@@ -95,6 +98,7 @@ def main(args: Sequence[str] | None = None) -> None:
         report(error)
     finally:
         _flush()
+        sys.stderr = stderr
 
 
 def _run(words: list[str]) -> None:

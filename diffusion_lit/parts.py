@@ -7,13 +7,15 @@ configuration chooses. Everything else takes plain data.
 import collections.abc
 import enum
 import importlib
+import importlib.util
 import inspect
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -279,11 +281,31 @@ def import_part(path: str) -> Any:
     """
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        with working_directory(module.partition(".")[0]):
+            return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise ValueError(f"there is no {path}: {error}") from error
     except AttributeError as error:
         raise ValueError(f"there is no {path}: module {module} has no {name}") from error
+
+
+@contextmanager
+def working_directory(name: str) -> Iterator[None]:
+    """Within it a module of that name is found in the working directory too, if it is nowhere else.
+
+    The installed program does not look there by itself, as `python -m` does; nor should it, for what nobody has asked
+    for.
+    """
+    here = os.getcwd()
+    if not name or name in sys.modules or importlib.util.find_spec(name) is not None:
+        yield
+        return
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def path_of(part: Any) -> str:

@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from diffusion_lit import cli
 from diffusion_lit.checkpoint import last_checkpoint, load_model
+from diffusion_lit.data import CorruptImage, Folder
 from diffusion_lit.diffusion import DDIM
 from diffusion_lit.errors import TRACEBACK, report
 from diffusion_lit.images import to_uint8
@@ -551,6 +553,34 @@ def test_a_program_without_streams_works(repository: Path) -> None:
         "from diffusion_lit.main import main; main(['--help'])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, timeout=60).returncode == 0
+
+
+def test_progress_that_nobody_reads_ends_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        cli.main(["prepare", "-c", "digits", "--out", str(tmp_path / "digits.images")])
+        assert sys.stderr is broken
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    assert (tmp_path / "digits.images").stat().st_size > 1797 * 64
+
+
+def test_an_image_that_a_worker_cannot_read_is_one_line_with_a_remedy(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    images = Folder(str(tmp_path), 8, channels=1, in_memory=False).load("train")
+    for workers in (0, 1):
+        with pytest.raises(CorruptImage) as error:
+            list(DataLoader(cast(Any, images), batch_size=None, num_workers=workers))
+        with pytest.raises(SystemExit):
+            report(error.value)
+        line = capfd.readouterr().err
+        assert line.startswith(f"diffusion_lit: error: {tmp_path / 'a.png'}: ")
+        assert line.endswith("; --data.on_corrupt skip leaves such images out\n")
+        assert "Traceback" not in line
 
 
 def test_training_outlives_the_pipe_that_it_writes_to() -> None:

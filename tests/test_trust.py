@@ -1,6 +1,7 @@
 """No configuration in a file runs or imports what is not this package's, unless the user trusts it by name."""
 
 import copy
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -340,3 +341,19 @@ def test_a_checkpoint_that_names_itself_is_refused(evil: Path, capfd: pytest.Cap
         cli.main(["predict", "--ckpt_path", file, "--trainer.accelerator", "cpu"])
     line = capfd.readouterr().err.splitlines()[-1]
     assert line == f"diffusion_lit: error: {file} names itself, through its own configuration"
+
+
+def test_a_module_of_the_working_directory_is_found_when_it_is_named_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where the installed program runs; `python -m` looks there by itself.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path and Path(path).resolve() != tmp_path.resolve()])
+    (tmp_path / "wanted.py").write_text("from diffusion_lit.diffusion import DDIM\nclass Mine(DDIM): pass\n")
+    (tmp_path / "unasked.py").write_text("raise RuntimeError\n")
+    with pytest.raises(Untrusted, match="--trust wanted"):
+        build({"class_path": "wanted.Mine"}, SAMPLERS)
+    assert "wanted" not in sys.modules
+    assert build({"class_path": "wanted.Mine", "steps": 5}, SAMPLERS, trust=["wanted"]).steps == 5
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("unasked")

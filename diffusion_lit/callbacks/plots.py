@@ -63,7 +63,8 @@ def closing_words(run_dir: Path) -> list[str]:
     words = []
     for name, curve in _scores(read_curves(run_dir)).items():
         (first, before), (last, after) = curve[0], curve[-1]
-        words.append(f"{name}: {before:.4g} at step {first:,}, {after:.4g} at step {last:,}")
+        start = f"{before:.4g} at step {first:,}, " if first < last else ""
+        words.append(f"{name}: {start}{after:.4g} at step {last:,}")
     files = ("samples.png", "loss.png", "scores.png", "config.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt")
     return words + [str(run_dir / file) for file in files if (run_dir / file).is_file()]
 

@@ -48,6 +48,12 @@ DATA = {"cifar10": r"cifar10(?!\d)", "celeba64": r"celeba(?!_?(hq|mask|v))"}
 """Patterns of the names of their data, in small letters and without hyphens: neither CIFAR-100 nor CelebA-HQ."""
 
 
+def shortest(number: float) -> str:
+    """A number in a few digits, from which it can be read again exactly."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
 class DDIMTable(Table):
     """Number of steps by eta, and DDPM's larger variance as the last row.
 
@@ -89,7 +95,7 @@ class DDIMTable(Table):
         self.cells(Path())
 
     def cells(self, checkpoint: Path) -> list[Cell]:
-        rows = [(f"{eta:g}", eta) for eta in self.etas] + ([(SIGMA_HAT, None)] if self.sigma_hat else [])
+        rows = [(shortest(eta), eta) for eta in self.etas] + ([(SIGMA_HAT, None)] if self.sigma_hat else [])
         published = {} if self.published is None else PUBLISHED[self.published]
         return [
             Cell(row, str(steps), self._sampler(steps, eta), published=published.get(row, {}).get(steps))
@@ -271,7 +277,7 @@ class GuidanceTable(Line):
         self.scales = list(scales)
 
     def cells(self, checkpoint: Path) -> list[Cell]:
-        return [Cell(f"{scale:g}", "score") for scale in self.scales]
+        return [Cell(shortest(scale), "score") for scale in self.scales]
 
     def check(self, generator: Generator) -> None:
         super().check(generator)

@@ -23,6 +23,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from diffusion_lit.checkpoint import AVERAGED, RAW, WholeFiles
 from diffusion_lit.codecs import FirstStage
 from diffusion_lit.codecs.files import fingerprint_of
+from diffusion_lit.command import known_elsewhere, without
 from diffusion_lit.conditioners import Text
 from diffusion_lit.configuration import Merge, build
 from diffusion_lit.data import Folder, ImageData
@@ -86,12 +87,12 @@ def read_recipes(
 
     Raises:
         FileNotFoundError: If there is no such recipe.
-        ValueError: If a file is no configuration.
+        ValueError: If a file is no configuration, or has a section that there is not.
     """
-    tree = dict(below or {})
+    tree, others = dict(below or {}), known_elsewhere() - CARRIED.keys()
     for name in names:
         for layer in layers(name):
-            content = {key: value for key, value in layer.tree.items() if key in CARRIED}
+            content = without(layer.tree, others)
             tree = Merge(trust, layer.source).sections(tree, content, CARRIED)
     return tree
 

@@ -203,7 +203,7 @@ def parse(
     files = [word for recipe in recipes for word in ("-c", recipe)]
     words = command.parse(["prepare", *files, *options], ["prepare"])
     slots = {"data": Slot(ImageData, implied=ImageData), **further}
-    tree = command.configuration(words, slots, defaults, ignored=None)
+    tree = command.configuration(words, slots, defaults, command.known_elsewhere())
     if tree.get("data") is None:
         raise ValueError("there are no data; give a recipe by -c, or a source by --data.source")
     command.require(tree, slots)

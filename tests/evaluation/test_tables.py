@@ -306,3 +306,11 @@ def test_what_makes_no_table_is_refused(checkpoint: Path, tmp_path: Path) -> Non
     made = tiny.trainer(tmp_path, callbacks=[Evaluation(None, Pixels(2), 4, 4, table=DDIMTable())], logger=False)
     with pytest.raises(ValueError, match="table: give --ckpt_path CHECKPOINT"):
         made.test(tiny.module(), tiny.data())
+
+
+def test_a_row_is_named_by_as_many_digits_as_its_number_has() -> None:
+    scales = [0.1, 0.123456789, 1e-7, 1.0, 16777217.0, 1 / 3]
+    rows = [cell.row for cell in GuidanceTable(scales).cells(Path())]
+    assert [float(row) for row in rows] == scales
+    assert rows[:4] == ["0.1", "0.123456789", "1e-07", "1"]
+    assert {cell.row for cell in DDIMTable([10], [1 / 3, 0.333333]).cells(Path())} >= {repr(1 / 3), "0.333333"}

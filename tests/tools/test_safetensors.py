@@ -71,6 +71,18 @@ PLACES = ["network", "process", "sampler", "optimizer", "codec"]
 FOREIGN = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "owned"]}}
 
 
+@pytest.mark.parametrize("recipe", ["modle: {network: UNet}", "modle.network: UNet", "extra: 1"])
+def test_a_section_that_there_is_not_is_refused(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.yaml").write_text(recipe)
+    with pytest.raises(ValueError, match=r"odd\.yaml: unknown key '(modle|modle\.network|extra)'"):
+        imported(exported(tmp_path), "-c", str(tmp_path / "odd.yaml"))
+
+
+def test_sections_of_other_commands_and_dotted_keys_are_no_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text("trainer.max_steps: 3\nnum_images: 4\nmodel.sampler.steps: 7\n")
+    assert imported(exported(tmp_path), "-c", str(tmp_path / "whole.yaml")).sampler.steps == 7
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_their_configuration_may_name_no_other_code(place: str, tmp_path: Path) -> None:
     file = exported(tmp_path)
