@@ -13,7 +13,7 @@ settings with the largest mean of image_AUROC and pixel_AUPRO. The table of test
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,8 @@ def source_of(run: Path, judged: str | None = None) -> Source:
     init_args = {name: value for name, value in config["init_args"].items() if name != "judged"}
     if judged is not None:
         init_args["judged"] = judged
-    return cast(Source, build({**config, "init_args": init_args}, Source, source=str(run)))
+    made: Source = build({**config, "init_args": init_args}, Source, source=str(run))  # type: ignore[type-abstract]
+    return made
 
 
 def images_of(data: ImageData, split: str) -> Array:

@@ -173,7 +173,8 @@ class MVTecTest(FolderImages, DefectImages):
 def not_black(mask: Image.Image) -> np.ndarray:
     """Where a mask of any colour mode has a value above 0 in any channel but the opacity, bool (H, W)."""
     pixels = np.asarray(mask if mask.mode in ("1", "L", "I", "I;16", "I;16B", "F") else mask.convert("RGB"))
-    return pixels > 0 if pixels.ndim == 2 else (pixels > 0).any(-1)
+    found: np.ndarray = pixels > 0
+    return found if found.ndim == 2 else np.any(found, axis=-1)
 
 
 def in_order(file: str) -> list[tuple[int, str]]:
@@ -218,10 +219,15 @@ def find_masks(folder: Path, ground_truth: Path, files: Sequence[str]) -> tuple[
 
 
 def check_size(image: Path, mask: Path) -> None:
-    """Raises ValueError if a mask has not the size of its image; files that cannot be read are reported later."""
+    """Raises ValueError if a mask is no image or has not the size of its image, which itself is read later."""
     try:
-        with Image.open(image) as opened, Image.open(mask) as opened_mask:
-            sizes = upright(opened, opened).size, upright(opened_mask, opened_mask).size
+        with Image.open(mask) as opened_mask:
+            mask_size = upright(opened_mask, opened_mask).size
+    except OSError as error:
+        raise ValueError(f"{mask} is not readable as an image ({error}); replace it") from error
+    try:
+        with Image.open(image) as opened:
+            sizes = upright(opened, opened).size, mask_size
     except OSError:
         return
     if sizes[0] != sizes[1]:

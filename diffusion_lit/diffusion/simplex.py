@@ -83,9 +83,9 @@ class Simplex(NoiseSource):
 
     The field of an image is sum over octaves o of persistence^o S(2^o x / wavelength, 2^o y / wavelength, 2^o z /
     wavelength), one field for all channels; the paper's images are grey, and its code came to draw one for each. Each
-    draw has its own permutation and its own slice z in 0 .. 999; the published code takes the time step for z. The field
-    is not of variance 1: with six octaves its standard deviation is 0.50, and neighbouring pixels are correlated by
-    0.96. The formulas of the process are used with it as they are.
+    draw has its own permutation and its own slice z in 0 .. 999; the published code takes the time step for z. The
+    field is not of variance 1: with six octaves its standard deviation is 0.50, and neighbouring pixels are correlated
+    by 0.96. The formulas of the process are used with it as they are.
 
     Args:
         octaves: Number of wavelengths, each half the one before.

@@ -137,6 +137,12 @@ def test_a_mask_of_another_size_than_its_image_is_refused(parts: Path) -> None:
         opened(parts)
 
 
+def test_a_mask_that_is_no_image_is_refused_before_anything_is_computed(parts: Path) -> None:
+    (parts / "ground_truth" / "scratch" / "2_mask.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2_mask.png is not readable as an image .*; replace it"):
+        opened(parts)
+
+
 def test_an_image_whose_mask_is_missing_is_refused(parts: Path) -> None:
     (parts / "ground_truth" / "scratch" / "10_mask.png").unlink()
     with pytest.raises(ValueError, match=r"10.png has no mask .*10_mask.png; add it"):
