@@ -69,9 +69,11 @@ class ImageDataset(Dataset[Example], ABC):
 
     Attributes:
         captions: Of which one is taken each time that an image is read; None: there are none, or `read` gives them.
+        names: Of the images, such as paths below a folder; None: they have none, or they are files.
     """
 
     captions: Captions | None = None
+    names: Sequence[str] | None = None
 
     def __init__(self, name: str, image_size: int, channels: int, class_names: Sequence[str] | None = None) -> None:
         self.name = name

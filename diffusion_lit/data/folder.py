@@ -328,6 +328,7 @@ def decode_all(images: FolderImages, skip_corrupt: bool) -> InMemoryImages:
         pixels = pixels[keep]
     labels = None if images.labels is None else images.labels[keep]
     decoded = InMemoryImages(images.name, pixels, labels, images.class_names)
+    decoded.names = [os.fsdecode(bytes(file)) for file in images.files[keep.numpy()]]
     if images.captions is not None:
         decoded.captions = images.captions.kept(keep.nonzero().flatten().tolist()) if errors else images.captions
     return decoded

@@ -31,24 +31,26 @@ def test_predict_writes_the_map_the_overlay_and_the_score_of_each_image(tmp_path
             assert float(image.info["pred_score"]) == float(rows[1 + index][1])
 
 
-def test_predict_takes_a_plain_folder_without_masks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [None, False])
+def test_predict_takes_a_plain_folder_without_masks(tmp_path: Path, in_memory: bool | None) -> None:
     for name in ("a.png", "b.png", "b.jpg"):
         (tmp_path / "new").mkdir(exist_ok=True)
         Image.new("L", (20, 12)).save(tmp_path / "new" / name)
-    source = ImageData(Folder(str(tmp_path / "new"), 8, 1, val_root=str(tmp_path / "new"), in_memory=False))
+    source = ImageData(Folder(str(tmp_path / "new"), 8, 1, val_root=str(tmp_path / "new"), in_memory=in_memory))
     made = tiny.trainer(tmp_path, callbacks=[], logger=False)
     made.predict(model(), source, out=str(tmp_path / "out"))
     rows = table(tmp_path / "out" / "scores.csv")
     assert [name for name, _ in rows[1:]] == ["a.png", "b.jpg", "b.png"]
 
 
-def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [None, False])
+def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path: Path, in_memory: bool | None) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
     for name in ("a", "b", "c"):
         Image.new("L", (8, 8)).save(folder / f"{name}.png")
     (folder / "b.png").write_bytes(b"no image")
-    source = ImageData(Folder(str(folder), 8, 1, val_root=str(folder), in_memory=False), on_corrupt="skip")
+    source = ImageData(Folder(str(folder), 8, 1, val_root=str(folder), in_memory=in_memory), on_corrupt="skip")
     made = tiny.trainer(tmp_path, callbacks=[], logger=False)
     with pytest.warns(UserWarning, match=r"left out: .*b.png"):
         made.predict(model(), source, out=str(tmp_path / "out"))

@@ -63,7 +63,7 @@ def save_grid(rows: Sequence[Tensor], hottest: float, path: Path) -> None:
 
 def image_names(images: ImageDataset) -> list[str]:
     """A name for each image, without extension where the names differ without it; may contain slashes."""
-    names = getattr(images, "names", None)
+    names = images.names
     if names is None and hasattr(images, "path") and hasattr(images, "root"):
         names = [images.path(i).relative_to(images.root).as_posix() for i in range(len(images))]
     if names is None:
