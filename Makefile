@@ -62,19 +62,41 @@ demo: $(READY) ## train on embedded digits, sample and score; a new run each tim
 		--trainer.default_root_dir runs/demo $(ARGS)
 
 CPU := --trainer.accelerator cpu --trainer.devices 1
-FAST_FIT = OMP_NUM_THREADS=1 $(RUN) fit -c configs/$(1)_digits.yaml $(CPU) --trainer.default_root_dir runs/fast/$(1) $(ARGS)
-FAST_TABLE = OMP_NUM_THREADS=1 $(RUN) test --ckpt_path runs/fast/$(1)/checkpoints/last.ckpt $(CPU) --trainer.limit_test_batches 1 \
-	--evaluation.table SamplerTable --evaluation.table.evaluations '$(2)' --evaluation.table.samplers '$(3)'
-EDM_DIGITS := runs/fast/edm/checkpoints/last.ckpt
+FAST := runs/fast
+FAST_RUNS := fast-ddgan fast-edm fast-teacher fast-ct fast-cd fast-progressive fast-ect
+# What a run prints goes to a file: several of them run at the same time.
+FAST_FIT = @mkdir -p $(FAST) && echo "training: $(FAST)/$(@:fast-%=%).log" && \
+	OMP_NUM_THREADS=1 $(RUN) fit -c $(1) $(CPU) --trainer.default_root_dir $(FAST)/$(@:fast-%=%) \
+	--trainer.enable_progress_bar false --evaluation.every_n_steps null --evaluation.at_start false $(ARGS) \
+	> $(FAST)/$(@:fast-%=%).log 2>&1 || { tail -n 20 $(FAST)/$(@:fast-%=%).log; exit 1; }
+EDM_DIGITS := $(FAST)/edm/checkpoints/last.ckpt
 
-demo-fast: $(READY) ## few-step models on the digits beside DDIM and Heun, a table for each; up to an hour on a CPU
-	@rm -rf runs/fast
-	$(call FAST_FIT,edm)
-	$(call FAST_FIT,cd) --init_from $(EDM_DIGITS) --model.objective.teacher $(EDM_DIGITS)
-	$(call FAST_FIT,ect) --init_from $(EDM_DIGITS)
-	$(call FAST_FIT,ct)
-	$(call FAST_TABLE,edm,[1$(,)2$(,)4$(,)10$(,)50],{DDIM: {class_path: DDIM$(,) grid: Karras}$(,) Heun: Heun})
-	for name in cd ect ct; do $(call FAST_TABLE,$$name,[1$(,)2$(,)4],{Multistep: Multistep}) || exit 1; done
+demo-fast: $(READY) ## few-step models on the digits beside DDIM: a table, a plot, samples; WORKERS=2 runs at a time, 20 minutes
+	@rm -rf $(FAST)
+	@$(MAKE) --no-print-directory --jobs $(WORKERS) $(FAST_RUNS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fast $(FAST)
+
+.PHONY: $(FAST_RUNS)
+fast-ddgan: $(READY)
+	$(call FAST_FIT,ddgan_digits)
+
+fast-edm: $(READY)
+	$(call FAST_FIT,edm_digits)
+
+fast-teacher: $(READY)
+	$(call FAST_FIT,progressive_digits_teacher)
+
+fast-ct: $(READY)
+	$(call FAST_FIT,ct_digits)
+
+fast-cd: fast-edm
+	$(call FAST_FIT,cd_digits --init_from $(EDM_DIGITS) --model.objective.teacher $(EDM_DIGITS))
+
+fast-ect: fast-edm
+	$(call FAST_FIT,ect_digits --init_from $(EDM_DIGITS))
+
+fast-progressive: fast-teacher
+	$(call FAST_FIT,progressive_digits --model.objective.teacher $(FAST)/teacher/checkpoints/last.ckpt)
 
 ANOMALY_RUN = runs/anomaly_digits_$(1)
 ANOMALY_FIT = OMP_NUM_THREADS=1 $(RUN) fit -c anomaly_digits $(2) $(CPU) --trainer.default_root_dir $(ANOMALY_RUN) $(ARGS)

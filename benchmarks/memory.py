@@ -10,7 +10,7 @@ workspaces unknown. So the largest network takes seconds on any machine.
 import argparse
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -39,15 +39,18 @@ NETWORKS: dict[str, tuple[int, Callable[[bool], UNet | ADMUNet]]] = {
 class Living(TorchDispatchMode):
     """Counts the bytes of storages that operations make, as long as they live.
 
+    Args:
+        known: Tensors that are there already, and do not count.
+
     Attributes:
         now: Bytes alive.
         peak: The most there were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -86,9 +89,7 @@ def network_bytes(make: Callable[[], nn.Module], batch_size: int, bf16: bool = F
             parameter.grad = torch.zeros_like(parameter)
         size = getattr(network, "image_size", 32)
         x = torch.zeros(batch_size, cast(int, getattr(network, "in_channels", 3)), size, size)
-        with Living() as living:
-            for parameter in network.parameters():
-                living.seen.add(parameter.untyped_storage()._cdata)
+        with Living(network.parameters()) as living:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 answer = network(x, torch.zeros(batch_size))
             loss = getattr(answer, "sample", answer).square().mean()

@@ -2,13 +2,17 @@
 
 import json
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import guidance, latents, precision, scaling, suite
+from benchmarks import fast, guidance, latents, precision, scaling, suite
 from benchmarks.setting import Setting, diffusers_network
+from diffusion_lit.methods.consistency import ConsistencyDistillation, ConsistencyTraining, Fixed, Neighbors
+from diffusion_lit.recipes import read_file
+from tests import systems
 
 
 def test_the_cost_of_guidance_is_told_with_its_control_and_its_machine(
@@ -113,3 +117,34 @@ def test_the_share_of_the_frozen_encoder_is_told_beside_a_step_without_it(
         assert [found["ratios"][name][end] for end in ("min", "max")] == pytest.approx(ratios)
     with pytest.raises(ValueError, match=r"digits.yaml has no first stage; choose a recipe of latent diffusion"):
         latents.main(["--config", str(repository / "configs" / "digits.yaml")])
+
+
+def test_a_teacher_and_an_averaged_target_hold_a_network_each(tmp_path: Path) -> None:
+    teacher = systems.teacher(tmp_path)
+    pairs = Neighbors(Fixed(6))
+    for networks, objective in (
+        (0, ConsistencyTraining(pairs)),
+        (1, ConsistencyTraining(pairs, decay=0.9)),
+        (1, ConsistencyDistillation(str(teacher), pairs)),
+        (2, ConsistencyDistillation(str(teacher), pairs, decay=0.9)),
+    ):
+        found = fast.training_bytes(systems.consistency(objective), torch.zeros(2, 1, 8, 8))
+        assert found["held"] == pytest.approx(networks * found["weights"], abs=1000)
+        assert found["step"] > 0
+
+
+def test_students_are_compared_as_they_are_at_the_end_of_their_stages(repository: Path) -> None:
+    recipe = read_file(repository / "configs" / "progressive_digits.yaml")
+    stages = recipe["model"]["objective"]["stages"]
+    ends = dict(zip([2**i for i in reversed(range(len(stages)))], accumulate(stages), strict=True))
+    kept = recipe["checkpoints"]["keep_every_n_steps"]
+    for steps, name in fast.STUDENTS.items():
+        assert name == ("last" if ends[steps] == recipe["trainer"]["max_steps"] else f"step_{ends[steps]:08d}")
+        assert ends[steps] % kept == 0
+
+
+def test_the_verdict_names_the_best_of_few_evaluations() -> None:
+    cells = [fast.Cell("DDIM", "edm", None, 10), fast.Cell("a", "ct", None, 2), fast.Cell("b", "ct", None, 4)]
+    scores = {"DDIM, 10": 0.5, "a, 2": 0.4, "b, 4": 0.1}
+    assert "a, 2: 0.4, better than the best DDIM with 10: 0.5" in fast.verdict(cells, scores)
+    assert "a, 2: 0.6, not better than" in fast.verdict(cells, {**scores, "a, 2": 0.6})
