@@ -18,7 +18,6 @@ from diffusion_lit.methods.consistency import (
     Fixed,
     Multistep,
     Neighbors,
-    SquareRoot,
 )
 from diffusion_lit.methods.ddgan import DDGAN
 from diffusion_lit.methods.progressive_distillation import LinearByStage, ProgressiveDistillation
@@ -180,8 +179,7 @@ GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "consistency distillation": lambda path: consistency(
         ConsistencyDistillation(str(path), Neighbors(Fixed(6)), decay=0.95)
     ),
-    "consistency training": lambda path: consistency(ConsistencyTraining(Neighbors(SquareRoot(2, 8, 6)), decay=0.9)),
-    "improved consistency training": lambda path: consistency(
+    "consistency training": lambda path: consistency(
         ConsistencyTraining(Neighbors(Doubling(2, 8, 6), noise=LogNormal(-1.1, 2.0)))
     ),
     "denoising diffusion GAN": lambda path: ddgan(),
