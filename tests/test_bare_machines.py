@@ -64,7 +64,9 @@ def test_too_little_address_space_is_one_line(repository: Path, command: str, li
     assert "ulimit -v unlimited" in line
 
 
-@pytest.mark.parametrize("home", [None, "/nowhere", "/dev/null", ""])
+@pytest.mark.parametrize(
+    "home", ["/dev/null", *(pytest.param(home, marks=pytest.mark.slow) for home in (None, "/nowhere", ""))]
+)
 def test_a_home_that_is_not_there_does_not_matter(repository: Path, tmp_path: Path, home: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "HOME"}
     environment |= {"PYTHONPATH": str(repository), **({} if home is None else {"HOME": home})}

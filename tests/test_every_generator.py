@@ -25,7 +25,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return systems.teacher(tmp_path_factory.mktemp("teacher"))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(scope="module", params=NAMES)
 def make(request: pytest.FixtureRequest, teacher: Path) -> Callable[[], Generator]:
     build = systems.GENERATORS[request.param]
     return lambda: build(teacher)
@@ -52,6 +52,20 @@ def run(place: Path, system: Generator, max_steps: int = STEPS, **kwargs: Any) -
     return system
 
 
+@pytest.fixture(scope="module")
+def whole(make: Callable[[], Generator], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts, and in `operations` how many operations on files it took."""
+    place = tmp_path_factory.mktemp("whole")
+
+    def counted() -> None:
+        operations = forked.FileOperations(place)
+        run(place, make())
+        (place / "operations").write_text(str(operations.count))
+
+    assert forked.wait(forked.fork(counted, place / "output.txt")) == 0, (place / "output.txt").read_text()[-3000:]
+    return place
+
+
 def assert_same(whole: Path, parts: Path) -> None:
     a, b = (tiny.load(tiny.last(place)) for place in (whole, parts))
     held = {"state_dict", "current_model_state", "averages", "optimizer_states", "lr_schedulers", "skipped_steps"}
@@ -65,38 +79,28 @@ def assert_same(whole: Path, parts: Path) -> None:
     assert [scores[0][step] for step in (2, 4, 6)] == [scores[1][step] for step in (2, 4, 6)]
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize("stop", [1, 4])
 def test_a_run_in_two_parts_ends_as_one_in_one_bit_for_bit(
-    make: Callable[[], Generator], tmp_path: Path, stop: int
+    make: Callable[[], Generator], whole: Path, tmp_path: Path, stop: int
 ) -> None:
-    run(tmp_path / "whole", make())
-    run(tmp_path / "parts", make(), stop)
-    run(tmp_path / "parts", make())
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    run(tmp_path, make(), stop)
+    run(tmp_path, make())
+    assert_same(whole, tmp_path)
 
 
 def test_a_run_killed_between_two_file_operations_ends_as_one_that_was_not(
-    make: Callable[[], Generator], tmp_path: Path
+    make: Callable[[], Generator], whole: Path, tmp_path: Path
 ) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-
-    def counted() -> None:
-        operations = forked.FileOperations(whole)
-        run(whole, make())
-        (whole / "operations").write_text(str(operations.count))
-
-    assert forked.wait(forked.fork(counted, whole / "output.txt")) == 0, (whole / "output.txt").read_text()[-3000:]
     count = int((whole / "operations").read_text())
 
     def lethal() -> None:
-        forked.FileOperations(parts, count // 2)
-        run(parts, make())
+        forked.FileOperations(tmp_path, count // 2)
+        run(tmp_path, make())
 
-    assert forked.wait(forked.fork(lethal, parts / "output.txt")) == -9, (parts / "output.txt").read_text()[-3000:]
-    assert forked.wait(forked.fork(lambda: run(parts, make()), parts / "output.txt")) == 0
-    assert_same(whole, parts)
+    output = tmp_path / "output.txt"
+    assert forked.wait(forked.fork(lethal, output)) == -9, output.read_text()[-3000:]
+    assert forked.wait(forked.fork(lambda: run(tmp_path, make()), output)) == 0
+    assert_same(whole, tmp_path)
 
 
 def test_two_processes_hold_the_same_weights_and_resume_bit_for_bit(
@@ -118,18 +122,17 @@ def test_two_processes_hold_the_same_weights_and_resume_bit_for_bit(
 
 
 def test_predict_makes_the_averaged_model_s_images_from_seed_and_index_alone(
-    make: Callable[[], Generator], tmp_path: Path
+    make: Callable[[], Generator], whole: Path, tmp_path: Path
 ) -> None:
-    run(tmp_path, make())
     for name in ("a", "b"):
         trainer = tiny.trainer(tmp_path, 1, [], logger=False)
         asked: dict[str, Any] = {"num_images": 6, "batch_size": 3, "seed": 5, "out": str(tmp_path / name)}
-        trainer.predict(make(), tiny.data(), ckpt_path=str(tiny.last(tmp_path)), **asked)
+        trainer.predict(make(), tiny.data(), ckpt_path=str(tiny.last(whole)), **asked)
     files = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
     assert len(files) == 6
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
     system = make()
-    system.load(tiny.load(tiny.last(tmp_path)))
+    system.load(tiny.load(tiny.last(whole)))
     given = system.conditions(tiny.data())
     six = system.sample(range(6), seed=5, condition=given(torch.arange(6)))
     two = system.sample([4, 1], seed=5, condition=given(torch.tensor([4, 1])))

@@ -159,6 +159,7 @@ def test_lightning_s_callbacks_see_the_scores(place: Path, monkeypatch: pytest.M
     assert len(read_curves(place / "runs" / "early")["frechet/pixels"]) >= 3
 
 
+@pytest.mark.slow
 def test_a_loop_tries_several_settings(place: Path) -> None:
     [loop] = [content for language, content in blocks(short(SECTIONS["Try several settings"])) if language == "bash"]
     (place / "bin").mkdir()

@@ -91,7 +91,7 @@ def test_encoder_and_network_learn_and_are_averaged(tmp_path: Path) -> None:
     assert system.num_classes is None
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize("stop", [1, 4])
 def test_a_run_in_two_parts_ends_as_one_in_one_bit_for_bit(tmp_path: Path, stop: int) -> None:
     run(tmp_path / "whole")
     run(tmp_path / "parts", stop)
