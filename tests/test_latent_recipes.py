@@ -1,10 +1,12 @@
 """The recipes of latent diffusion say what the paper and its code say, to the number."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_lit.conditioners import ClassContext
 from diffusion_lit.diffusion import DDIM, ClassifierFree
@@ -74,3 +76,26 @@ def test_the_recipes_by_class_have_the_published_embeddings(
         # s = 1.5 of the paper is w = 0.5 here.
         assert isinstance(model.guidance, ClassifierFree)
         assert model.guidance.scale == 0.5
+
+
+def operations(run: Callable[[], Tensor], trains: bool = True) -> int:
+    """Floating-point operations of convolutions and products, forwards and, where it trains, backwards."""
+    with FlopCounterMode(display=False) as counter:
+        out = run()
+        if trains:
+            torch.autograd.backward(out.square().sum())
+    return int(counter.get_total_flops())
+
+
+def test_the_pixel_model_of_the_demo_is_trained_with_as_many_operations_as_both_stages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stages = ("latent_demo_autoencoder", "latent_demo", "latent_demo_pixels")
+    first, second, pixels = (instantiate(recipe, monkeypatch) for recipe in stages)
+    images, t = torch.randn(1, 3, 32, 32), torch.full((1,), 0.5)
+    autoencoder = operations(lambda: first.model.network(images).images)
+    encoder = operations(lambda: first.model.network.moments(images), trains=False)
+    latents = operations(lambda: second.model.denoiser.network(torch.randn(1, 4, 8, 8), t, {}))
+    alone = operations(lambda: pixels.model.denoiser.network(images, t, {}))
+    trained = [made.trainer.max_steps * made.datamodule.batch_size for made in (first, second, pixels)]
+    assert trained[2] * alone == pytest.approx(trained[0] * autoencoder + trained[1] * (encoder + latents), rel=0.01)
