@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.networks.fir import SmoothDownsample, SmoothStridedConv, SmoothUpsample
 from diffusion_lit.networks.layers import (
+    MOST_BLOCKS,
     SelfAttention,
     check_shape,
     init_conv,
@@ -197,8 +198,10 @@ class NCSNpp(Network):
         super().__init__()
         counts = {"in_channels": in_channels, "latent_size": latent_size, "latent_width": latent_width}
         check_shape("NCSNpp", image_size, width, multipliers, num_blocks, attention, dropout, 4, counts)
-        if latent_layers < 0:
-            raise ValueError(f"NCSNpp: latent_layers={latent_layers} must be at least 0; the paper has 4 for CIFAR-10")
+        if not 0 <= latent_layers <= MOST_BLOCKS:
+            raise ValueError(
+                f"NCSNpp: latent_layers={latent_layers} must lie in 0 .. {MOST_BLOCKS}; the paper has 4 for CIFAR-10"
+            )
         self.image_size, self.in_channels, self.width = image_size, in_channels, width
         self.latent_size = latent_size
         self.checkpoint_blocks = checkpoint_blocks

@@ -10,6 +10,8 @@ SLOPE = 0.2
 """Slope of the leaky ReLU below 0."""
 DEVIATION = 0.02
 """Standard deviation of the weights at first."""
+MOST_LAYERS = 31
+"""Each halves the images: more than these leave nothing of any."""
 KERNEL = 4
 MOST = 8
 """The greatest number of channels, as a multiple of the first."""
@@ -47,6 +49,8 @@ class PatchGAN(nn.Module, Part):
                 raise ValueError(
                     f"PatchGAN: {name}={number} must be at least 1; the published ones have 3, 64 and 2..3"
                 )
+        if num_layers > MOST_LAYERS:
+            raise ValueError(f"PatchGAN: num_layers={num_layers} must be at most {MOST_LAYERS}")
         if normalization not in ("batch", "group"):
             raise ValueError(f"PatchGAN: normalization={normalization!r} must be 'batch' or 'group'")
         if normalization == "group" and (num_groups < 1 or 2 * width % num_groups):

@@ -412,6 +412,7 @@ def test_a_copy_has_codes_of_its_own() -> None:
         (lambda: VectorQuantizer(8, on="both"), ["on='both'", "'codebook' or 'commitment'"]),  # type: ignore[arg-type]
         (lambda: small(small(vq()).regularizer), ["belongs to an autoencoder already"]),
         (lambda: PatchGAN(num_layers=0), ["num_layers=0", "at least 1"]),
+        (lambda: PatchGAN(num_layers=2**30), ["num_layers=1073741824", "at most 31"]),
         (lambda: PatchGAN(width=8, normalization="group"), ["num_groups=32", "16 channels", "divisor"]),
         (lambda: PatchGAN(normalization="layer"), ["normalization='layer'"]),  # type: ignore[arg-type]
         (lambda: PatchGAN().patches(16), ["num_layers=3", "images of 16 pixels", "at least 24"]),

@@ -105,3 +105,9 @@ def test_the_appended_deviation_is_that_over_strided_groups(b: int) -> None:
 def test_a_discriminator_of_sizes_that_do_not_agree_is_refused() -> None:
     with pytest.raises(ValueError, match="image_size=8, 5 widths and 4 entries of downsample"):
         PairDiscriminator(8, 1, widths=[4, 4, 4, 4, 4], downsample=[True] * 4)
+
+
+def test_more_layers_than_any_network_has_are_refused_at_once() -> None:
+    for count in (-1, 2**30):
+        with pytest.raises(ValueError, match=rf"latent_layers={count} must lie in 0 \.\. 1000"):
+            NCSNpp(16, width=8, multipliers=[1], latent_layers=count)
