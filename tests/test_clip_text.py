@@ -114,7 +114,7 @@ def test_what_a_tower_s_files_ask_for_beside_its_shape_is_not_done(
 
     (place / "text_encoder" / "model.safetensors").unlink()
     torch.save({"text_model.final_layer_norm.weight": Evil()}, place / "text_encoder" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no CLIP text model that can be read"):
+    with pytest.raises(ValueError, match="the weights are a pickle that asks for more than tensors"):
         CLIPText(str(place))
     assert not marker.exists()
     (place / "text_encoder" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
