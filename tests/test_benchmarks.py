@@ -38,6 +38,7 @@ def test_a_recipe_without_guidance_is_refused(repository: Path) -> None:
         guidance.main(["--config", str(repository / "configs" / "digits.yaml")])
 
 
+@pytest.mark.slow
 def test_the_suite_compares_with_diffusers_and_writes_every_time(capsys: pytest.CaptureFixture[str]) -> None:
     cases = ["limits", "training", "overhead", "sampling"]
     tiny = ["--rounds", "2", "--batch_sizes", "1", "--sampling", "1", "2", "--width", "32"]

@@ -36,8 +36,7 @@ def run_in_two(place: Path, *faults: FailsAt, pair: bool = False, patience: floa
     return [path.read_text() if path.exists() else "" for path in (place / "0", place / "1")]
 
 
-@pytest.mark.parametrize("pair", [False, True])
-@pytest.mark.parametrize(("rank", "kept"), [(0, None), (1, 3)])
+@pytest.mark.parametrize(("rank", "kept", "pair"), [(0, None, False), (1, 3, True)])
 def test_when_one_process_fails_the_other_ends_and_the_first_keeps_its_newest_whole_step(
     tmp_path: Path, rank: int, kept: int | None, pair: bool
 ) -> None:
