@@ -112,7 +112,7 @@ demo-anomaly: $(READY) ## find defects in embedded digits with simplex and with 
 		$(call ANOMALY,simplex,test) --data.source.judged $$judged $(LAMBDAS) && \
 		$(call ANOMALY,gaussian,test) --data.source.judged $$judged $(LAMBDAS) || exit 1; \
 	done
-	$(call ANOMALY,gaussian,predict)
+	$(call ANOMALY,gaussian,predict) --model.detector.lambda_steps 200
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.anomaly runs/anomaly_digits_simplex runs/anomaly_digits_gaussian
 
 TASK_FIT = OMP_NUM_THREADS=1 $(RUN) fit -c $(1) $(CPU) --trainer.default_root_dir runs/tasks/$(2) $(ARGS)

@@ -29,7 +29,7 @@ from diffusion_lit.records import RESULTS, read_records
 
 COLUMNS = ("image_AUROC", "image_AP", "pixel_AUROC", "pixel_AP", "pixel_AUPRO", "pixel_Dice")
 CRITERION = ("image_AUROC", "pixel_AUPRO")
-COMPONENTS = (5, 10, 20, 30)
+COMPONENTS = (2, 3, 5, 10, 20, 30)
 
 
 class Row(NamedTuple):
