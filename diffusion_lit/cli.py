@@ -3,8 +3,9 @@
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.checkpoint import read_checkpoint, run_of
 from diffusion_lit.command import Command, configuration, known_elsewhere, parse, require, run_name
 from diffusion_lit.configuration import Merge, class_paths, only_imports
-from diffusion_lit.errors import OTHER_ERRORS
+from diffusion_lit.errors import OTHER_ERRORS, printable
 from diffusion_lit.loggers import clear_save_dir, fill_save_dir, log_hyperparams
 from diffusion_lit.main import COMMANDS, main, outlive_terminal
 from diffusion_lit.parts import Slot, import_part, signature
@@ -249,11 +250,22 @@ def require_devices(trainer: Namespace) -> None:
         )
 
 
+def _shown(record: logging.LogRecord) -> bool:
+    """Makes a message printable; whether it is no advertisement."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return "Tip:" not in record.msg
+
+
+def _format_warning(formatted: Callable[..., str], *args: Any, **kwargs: Any) -> str:
+    return printable(formatted(*args, **kwargs))
+
+
 def run(args: Sequence[str]) -> None:
     """Runs a command; see `main`."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        # Advertisements.
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+        logging.getLogger(name).addFilter(_shown)
+    if not isinstance(warnings.formatwarning, partial):
+        warnings.formatwarning = partial(_format_warning, warnings.formatwarning)
     # Lightning 2.6 under torch 2.15, and a layout that costs nothing here.
     for message in (".*isinstance\\(treespec, LeafSpec\\).*", "Grad strides do not match bucket view strides"):
         warnings.filterwarnings("ignore", message=message)

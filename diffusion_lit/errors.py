@@ -30,10 +30,15 @@ _WRAPPERS = ("jsonargparse", "lightning.pytorch.utilities.combined_loader")
 def fail(message: str) -> NoReturn:
     """Ends the program with a one-line error, which names the process where there are several."""
     line = " ".join(word if len(word) <= LONG else f"{word[:LONG]}..." for word in message.split())
-    line = line.replace("init_args.", "")
+    line = printable(line.replace("init_args.", ""))
     sys.stderr.write(f"diffusion_lit: error: {which_process()}{line}\n")
     sys.stderr.flush()
     raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """A text in which what a terminal would obey is written as an escape: names of files and captions are anybody's."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def which_process() -> str:

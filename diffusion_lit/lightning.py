@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback, RichProgressBar, Timer
 from lightning.pytorch.plugins import _PLUGIN_INPUT
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -22,6 +22,12 @@ SignalConnector = _SignalConnector
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
     """The trainer that a module belongs to at this moment; None outside of `fit`, `test` and so on."""
     return module._trainer
+
+
+def show_no_epochs(callback: Callback) -> None:
+    """Lets Rich's bar be called "Training", where it would count epochs of which a run here has no number."""
+    if isinstance(callback, RichProgressBar):
+        callback._get_train_description = lambda current_epoch: "Training"  # type: ignore[method-assign]
 
 
 def dump_checkpoint(trainer: L.Trainer, weights_only: bool = False) -> dict[str, Any]:

@@ -168,10 +168,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a file, oldest first; none if there is no file. Incomplete lines are skipped."""
     records = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 records.append(record)

@@ -3,7 +3,9 @@
 Nothing is trained: the model, the data and the trainer are made.
 """
 
+import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -136,6 +138,22 @@ def test_a_long_value_is_quoted_in_part(capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         report(ValueError(f"key={'x' * 5000} is too long"))
     assert len(capfd.readouterr().err) < LONG + 100
+
+
+@pytest.mark.parametrize("control", ["\x1b[2J", "\x9b2J", "\b", "\x00", "\u202e", "\udcff"])
+def test_what_a_terminal_would_obey_is_escaped_in_errors_warnings_and_messages(
+    control: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        report(ValueError(f"a{control}b.png cannot be read"))
+    escaped = control.encode("unicode_escape").decode()
+    assert capfd.readouterr().err == f"diffusion_lit: error: a{escaped}b.png cannot be read\n"
+    record = logging.LogRecord("x", logging.INFO, "", 0, "left out: %s\n", (f"a{control}b",), None)
+    assert cli._shown(record)
+    assert record.getMessage() == f"left out: a{escaped}b\n"
+    shown = cli._format_warning(warnings.formatwarning, f"a{control}b", UserWarning, "f.py", 1)
+    assert f"a{escaped}b" in shown
+    assert control not in shown
 
 
 def test_what_a_part_of_a_part_refuses_is_said_alone(capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import RichProgressBar, Timer
 from lightning.pytorch.strategies import DDPStrategy
 
 from diffusion_lit import lightning as private
@@ -96,3 +96,10 @@ def test_a_rewound_checkpoint_counts_whole_steps_as_lightning_does(tmp_path: Pat
     assert after["ready"] == after["started"] == after["processed"] == 3 * accumulate
     assert after["completed"] == 3 * accumulate - 1
     assert loop["epoch_loop.state_dict"]["_batches_that_stepped"] == 2
+
+
+def test_rich_s_bar_says_nothing_of_epochs(tmp_path: Path) -> None:
+    bar = RichProgressBar()
+    trainer = tiny.trainer(tmp_path, max_steps=1, callbacks=[bar])
+    assert trainer.max_epochs == -1
+    assert bar._get_train_description(0) == "Training"

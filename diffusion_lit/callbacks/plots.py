@@ -9,9 +9,12 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from diffusion_lit.errors import printable
 from diffusion_lit.loggers import read_curves
 
 Curve = list[tuple[int, float]]
+LARGEST = 1e100
+"""Larger values are gaps: sums and ticks of them would overflow."""
 SMOOTHED_POINTS = 50
 """A longer curve of a loss is smoothed, by a mean over this fraction of it."""
 
@@ -82,7 +85,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     curves = read_curves(run_dir)
     losses = {name: curves[name] for name in sorted(curves) if name.startswith(("train/loss", "val/loss"))}
     scores = _scores(curves)
-    name = run_dir.resolve().name
+    name = _plain(run_dir.resolve().name)
     written = []
     if losses:
         written.append(_plot(losses, f"Loss of {name}", "loss", run_dir / "loss.png", smooth=True))
@@ -100,11 +103,16 @@ def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
     return np.where(finite, total / np.maximum(np.convolve(finite, window, mode="same"), 1), np.nan)
 
 
+def _plain(text: str) -> str:
+    """A text that Matplotlib does not take for a formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def _label(name: str, width: int) -> str:
     """What a curve is called in the legend."""
     stem, part, interval = name.partition("_t_")
     label = f"{stem}, t {interval.replace('_', ' to ')}" if part else name
-    return label + (f"\n(mean of {width})" if width > 1 else "")
+    return _plain(label) + (f"\n(mean of {width})" if width > 1 else "")
 
 
 def _plot(curves: dict[str, Curve], title: str, quantity: str, path: Path, smooth: bool) -> Path:
@@ -117,6 +125,7 @@ def _plot(curves: dict[str, Curve], title: str, quantity: str, path: Path, smoot
     shown = []
     for name, curve in curves.items():
         steps, values = np.array(curve, dtype=float).T
+        values = np.where(np.abs(values) < LARGEST, values, np.nan)
         width = max(1, len(values) // SMOOTHED_POINTS) if smooth else 1
         values = _smoothed(values, width)
         shown.append(values[np.isfinite(values)])
@@ -151,7 +160,7 @@ def _set_ticks(axes: Any, values: np.ndarray) -> None:
 
     plain = FuncFormatter(lambda value, _: np.format_float_positional(value, precision=12, trim="-"))
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
-    if 0 < 3 * low < high:
+    if 0 < low < high / 3:
         axes.set_yscale("log")
         subs = (1, 2, 5) if high < 1000 * low else (1,)
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from diffusion_lit.lightning import show_no_epochs
 from diffusion_lit.requests import Requests
 from diffusion_lit.types import StepFn
 
@@ -108,6 +109,8 @@ def total_steps(trainer: L.Trainer) -> int | None:
 
 def one_bar(callbacks: Sequence[L.Callback], shown: bool | None) -> list[L.Callback]:
     """Callbacks without this package's bar, if none is to be shown or the user has chosen another, such as Rich's."""
+    for callback in callbacks:
+        show_no_epochs(callback)
     other = any(isinstance(c, AnyProgressBar) and not isinstance(c, ProgressBar) for c in callbacks)
     return [c for c in callbacks if not (isinstance(c, ProgressBar) and (other or shown is False))]
 

@@ -17,6 +17,13 @@ MOST_LETTERS = 1000
 """Most letters that a vocabulary has; words with rarer ones are unknown."""
 
 
+def _has_pattern(value: Any) -> bool:
+    """Whether a tokenizer's JSON holds a regular expression."""
+    if isinstance(value, dict):
+        return "Regex" in value or any(map(_has_pattern, value.values()))
+    return isinstance(value, list) and any(map(_has_pattern, value))
+
+
 class Tokens(NamedTuple):
     """Texts as tokens.
 
@@ -132,7 +139,10 @@ class WordPiece(Tokenizer):
                 f"the vocabulary of {self.file or 'the captions'} has {size} tokens, the text encoder {vocabulary}; "
                 f"set --model.conditioner.encoder.vocabulary {size}"
             )
-        self._take(learned.to_str())
+        try:
+            self._take(learned.to_str())
+        except ValueError as error:
+            raise ValueError(f"conditioner.tokenizer.file={self.file} cannot be used: {error}") from error
 
     def _learned(self, texts: Iterable[str], vocabulary: int) -> Any:
         from tokenizers.trainers import WordPieceTrainer
@@ -191,6 +201,8 @@ class WordPiece(Tokenizer):
     def _take(self, text: str) -> None:
         from tokenizers import Tokenizer as Backend
 
+        if _has_pattern(json.loads(text)):
+            raise ValueError("it splits or replaces by a regular expression, which can take for ever")
         tokenizer = Backend.from_str(text)
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -244,7 +256,6 @@ class WordPiece(Tokenizer):
             self._json, self._tokenizer = "", None
             return
         try:
-            json.loads(text)
             self._take(text)
         except Exception as error:  # The package raises plain exceptions.
             raise ValueError(f"the checkpoint's vocabulary cannot be read: {error}") from error

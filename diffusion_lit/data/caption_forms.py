@@ -101,7 +101,9 @@ class Metadata(CaptionForm):
             rows: Iterable[Any] = csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, lines)
             try:
                 for number, row in enumerate(rows, 1):
-                    columns = list(row)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"row {number} is no object with file_name and {self.column}")
+                    columns = [str(name) for name in row]
                     missing = [name for name in ("file_name", self.column) if name not in columns]
                     if missing:
                         raise ValueError(
@@ -109,8 +111,11 @@ class Metadata(CaptionForm):
                             "--data.source.captions.column"
                         )
                     value = row[self.column]
-                    yield row["file_name"], value if isinstance(value, list) else [value or ""]
-            except (ValueError, csv.Error) as error:
+                    texts = value if isinstance(value, list) else [value or ""]
+                    if not all(isinstance(text, str) for text in (row["file_name"], *texts)):
+                        raise ValueError(f"row {number} has something else than texts in file_name or {self.column}")
+                    yield row["file_name"], texts
+            except (ValueError, RecursionError, csv.Error) as error:
                 raise ValueError(f"{table}: {error}") from error
 
 
@@ -142,6 +147,6 @@ class COCOCaptions(CaptionForm):
             found: dict[str, list[str]] = {}
             for annotation in content["annotations"]:
                 found.setdefault(names[annotation["image_id"]], []).append(annotation["caption"].strip())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} does not hold COCO's captions ({type(error).__name__}: {error})") from error
         return (found.get(name, []) for name in files)

@@ -36,7 +36,18 @@ class Captions:
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray]) -> "Captions":
-        """From what `arrays` returned."""
+        """From what `arrays` returned.
+
+        Raises:
+            ValueError: If they are not such arrays, as in a file that something else wrote.
+        """
+        first, ends, text = arrays
+        fit = text.dtype == np.uint8 and text.ndim == 1
+        for array, end, step in ((first, len(ends) - 1, 1), (ends, text.size, 0)):
+            fit = fit and array.dtype == np.int64 and array.ndim == 1 and array.size > 0
+            fit = fit and array[0] == 0 and array[-1] == end and bool((array[1:] - array[:-1] >= step).all())
+        if not fit:
+            raise ValueError("its captions do not fit together")
         captions = cls(())
         captions._first, captions._ends, captions._bytes = arrays
         return captions
@@ -56,7 +67,7 @@ class Captions:
         return [self._text(number) for number in range(self._first[image], self._first[image + 1])]
 
     def _text(self, number: int) -> str:
-        return self._bytes[self._ends[number] : self._ends[number + 1]].tobytes().decode()
+        return self._bytes[self._ends[number] : self._ends[number + 1]].tobytes().decode(errors="replace")
 
     def choose(self, indices: Sequence[int], draws: Sequence[int]) -> Tensor:
         """One caption of each image.

@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import io
 import os
-import tempfile
+import zipfile
 from pathlib import Path
 
 import lmdb
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Source, at_least
+from diffusion_lit.metrics.files import whole_file
 
 SCENES = (
     "bedroom",
@@ -233,7 +234,7 @@ def list_keys(path: Path) -> np.ndarray:
     cache = Path(os.environ.get("DIFFUSION_LIT_CACHE") or "~/.cache/diffusion_lit").expanduser()
     kept_at = (path.with_name(f"{path.name}-{name}"), cache / f"{path.name}-{where}-{name}")
     for file in kept_at:
-        with contextlib.suppress(OSError, ValueError, EOFError):
+        with contextlib.suppress(OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
             keys: np.ndarray = np.load(file, allow_pickle=False)
             if keys.shape == (count,) and keys.dtype.kind == "S":
                 return keys
@@ -241,21 +242,10 @@ def list_keys(path: Path) -> np.ndarray:
     with environment(path).begin() as transaction:
         keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)), dtype=bytes)
     for file in kept_at:
-        with contextlib.suppress(OSError):
-            _write(file, keys)
+        try:
+            with whole_file(file) as stream:
+                np.save(stream, keys, allow_pickle=False)
             break
+        except OSError:
+            continue
     return keys
-
-
-def _write(file: Path, keys: np.ndarray) -> None:
-    """Writes to a temporary file and renames it, so that no reader sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.save(stream, keys, allow_pickle=False)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -89,7 +89,13 @@ class Prepared(Source):
                 f"{self.moments} holds moments of other images than {self.file}; prepare them again, or set "
                 "--data.source.moments null"
             )
-        return Moments(self.moments, file.arrays[part.fingerprint])
+        stored = file.arrays[part.fingerprint]
+        if stored.shape[0] != part.pixels.shape[0]:
+            raise ValueError(
+                f"{self.moments} holds moments of {stored.shape[0]:,} images where {self.file} has "
+                f"{part.pixels.shape[0]:,}; prepare them again, or set --data.source.moments null"
+            )
+        return Moments(self.moments, stored)
 
     def remedy(self, split: Split) -> str:
         return f": {self.file} was prepared from data without any"
@@ -167,8 +173,17 @@ class MappedImages(ImageDataset):
         self.path = path
         self.part = part
         self.labels = None if part.labels is None else torch.from_numpy(np.array(part.labels.map(path)))
+        if self.labels is not None and len(self.labels):
+            least, most = int(self.labels.min()), int(self.labels.max())
+            if least < 0 or (part.class_names is not None and most >= len(part.class_names)):
+                raise ValueError(f"{path} has labels in {least} .. {most}, which are no classes; prepare it again")
         if part.captions is not None:
-            self.captions = Captions.of([np.array(stored.map(path)) for stored in part.captions])
+            try:
+                self.captions = Captions.of([np.array(stored.map(path)) for stored in part.captions])
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be used: {error}; prepare the images again") from error
+            if len(self.captions) != len(self):
+                raise ValueError(f"{path} has captions of {len(self.captions):,} of {len(self):,} images")
         self.moments = moments
         self._pixels: np.ndarray | None = None
 
@@ -232,11 +247,15 @@ def parts_of(path: Path) -> dict[Split, Part]:
         parts: dict[Split, Part] = {}
         for split, number in content["parts"].items():
             pixels, labels = arrays[2 * number : 2 * number + 2]
-            has_labels = labels.shape == pixels.shape[:1]
-            start = captions[number]
+            if pixels.dtype != "|u1" or len(pixels.shape) != 4 or pixels.shape[2] != pixels.shape[3]:
+                raise ValueError(f"it has images of {pixels.dtype} with the shape {pixels.shape}")
+            has_labels = labels.shape == pixels.shape[:1] and labels.dtype == "<i8"
+            start, classes = captions[number], names[number]
+            if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+                raise ValueError("its class_names are not texts")
             texts = None if start is None else arrays[start : start + 3]
-            parts[split] = Part(pixels, labels if has_labels else None, fingerprints[number], names[number], texts)
-    except (ValueError, LookupError, TypeError) as error:
+            parts[split] = Part(pixels, labels if has_labels else None, str(fingerprints[number]), classes, texts)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a complete file of prepared images: {error}; "
             "prepare them again by python -m diffusion_lit prepare"
@@ -275,8 +294,12 @@ def moments_in(path: Path) -> MomentsFile:
             content = json.loads(file.read())
         if content["format"] != MOMENTS_FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {MOMENTS_FORMAT!r}")
-        return MomentsFile(content["first_stage"], dict(zip(content["images"], arrays[:-1], strict=True)))
-    except (ValueError, LookupError, TypeError) as error:
+        if wrong := [a for a in arrays[:-1] if a.dtype != "<f2" or len(a.shape) != 5 or a.shape[1] != 2]:
+            raise ValueError(f"it has an array of {wrong[0].dtype} with the shape {wrong[0].shape}")
+        return MomentsFile(
+            str(content["first_stage"]), dict(zip(map(str, content["images"]), arrays[:-1], strict=True))
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a complete file of moments: {error}; prepare them again by python -m diffusion_lit prepare"
         ) from error
@@ -294,6 +317,8 @@ def list_arrays(path: Path) -> list[Stored]:
         while not arrays or file.tell() < size:
             npy.read_magic(file)
             shape, _, dtype = npy.read_array_header_1_0(file)
+            if dtype.hasobject or min(shape, default=0) < 0:
+                raise ValueError(f"it has an array of {dtype} with the shape {shape}")
             arrays.append(Stored(file.tell(), shape, dtype.str))
             file.seek(dtype.itemsize * math.prod(shape), 1)
         if file.tell() > size:

@@ -6,10 +6,10 @@ import io
 import json
 import os
 import tarfile
-import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,8 +18,11 @@ from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Source, at_least
+from diffusion_lit.metrics.files import whole_file
 
 VERSION = 1
+LONGEST_CAPTION = 1 << 20
+"""Bytes of a member with a caption."""
 
 
 class WebDataset(Source):
@@ -105,7 +108,9 @@ class TarImages(ImageDataset):
         self.members = index["members"]
         self.keys = index["keys"]
         if captions is not None:
-            self.captions = Captions([text] for text in index["texts"].tobytes().decode().split("\0")[:-1])
+            self.captions = Captions(
+                [text] for text in index["texts"].tobytes().decode(errors="replace").split("\0")[:-1]
+            )
 
     def __len__(self) -> int:
         return len(self.members)
@@ -123,7 +128,7 @@ class TarImages(ImageDataset):
             return {"image": decode(self.data(index), self.image_size, self.channels)}
         except (OSError, ValueError) as error:
             tar = self.root / self.tars[self.members[index, 0]]
-            raise CorruptImage(f"{tar}, {self.keys[index].decode()}: {error}", index) from error
+            raise CorruptImage(f"{tar}, {self.keys[index].decode(errors='replace')}: {error}", index) from error
 
     def preload(self, skip_corrupt: bool) -> ImageDataset:
         def open_file(index: int) -> io.BytesIO:
@@ -177,9 +182,13 @@ def members(path: Path, captions: str | None) -> Iterator[Member]:
                 folder, _, name = info.name.rpartition("/")
                 key, _, extension = name.partition(".")
                 key = f"{folder}/{key}" if folder else key
+                if info.issparse():
+                    raise EOFError(f"{info.name!r} is a sparse file, whose bytes do not stand one after another")
                 if info.isfile() and f".{extension.lower()}" in EXTENSIONS:
                     images.setdefault(key, (info.offset_data, info.size))
                 elif info.isfile() and extension == captions:
+                    if info.size > LONGEST_CAPTION:
+                        raise EOFError(f"{info.name!r} has {info.size:,} bytes, more than a caption has")
                     content = tar.extractfile(info)
                     texts[key] = "" if content is None else caption_in(content.read(), captions)
             end = tar.offset
@@ -200,9 +209,9 @@ def caption_in(content: bytes, kind: str) -> str:
     if kind == "json":
         try:
             text = json.loads(text)["caption"] or ""
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             text = ""
-    return " ".join(text.replace("\0", " ").split())
+    return " ".join(str(text).replace("\0", " ").split())
 
 
 def index_of(root: Path, captions: str | None) -> dict[str, np.ndarray]:
@@ -223,10 +232,13 @@ def index_of(root: Path, captions: str | None) -> dict[str, np.ndarray]:
     kept_at = (root / f".index-{name}.npz", cache / f"{root.name}-{where}-{name}.index.npz")
     for path in kept_at:
         with (
-            contextlib.suppress(OSError, ValueError, EOFError, LookupError),
-            np.load(path, allow_pickle=False) as stored,
+            contextlib.suppress(OSError, ValueError, EOFError, LookupError, AttributeError, zipfile.BadZipFile),
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as stored,
         ):
-            return {entry: stored[entry] for entry in ("members", "keys", "texts")}
+            index = {entry: stored[entry] for entry in ("members", "keys", "texts")}
+            if fits(index, [size for _, size, _ in states], captions):
+                return index
     rank_zero_info(f"{root}: reading the headers of {len(files):,} tar files, once")
     found = [(number, member) for number, path in enumerate(files) for member in members(path, captions)]
     if not found:
@@ -237,27 +249,31 @@ def index_of(root: Path, captions: str | None) -> dict[str, np.ndarray]:
             f"{root}: {len(missing)} of {len(found)} images have no caption in a .{captions}, first {missing[0][1]} of "
             f"{missing[0][0]}; set --data.source.captions to json, txt or null"
         )
+    texts = "".join(f"{member.text}\0" for _, member in found if member.text)
     index = {
         "members": np.array([(number, member.offset, member.size) for number, member in found], dtype=np.int64),
-        "keys": np.array([member.key.encode() for _, member in found]),
-        "texts": np.frombuffer("".join(f"{m.text}\0" for _, m in found if m.text).encode(), dtype=np.uint8),
+        "keys": np.array([member.key.encode(errors="surrogateescape") for _, member in found]),
+        "texts": np.frombuffer(texts.encode(errors="replace"), dtype=np.uint8),
     }
     for path in kept_at:
-        with contextlib.suppress(OSError):
-            _write(path, index)
+        try:
+            with whole_file(path) as file:
+                np.savez(file, **index)
             break
+        except OSError:
+            continue
     return index
 
 
-def _write(file: Path, arrays: dict[str, Any]) -> None:
-    """Writes to a temporary file and renames it, so that no reader sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.savez(stream, **arrays)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def fits(index: Mapping[str, np.ndarray], sizes: Sequence[int], captions: str | None) -> bool:
+    """Whether an index, which is a file that anybody may have put there, can be one of tar files of these sizes."""
+    members, keys, texts = (index[name] for name in ("members", "keys", "texts"))
+    if members.dtype != np.int64 or members.shape != (len(keys), 3) or keys.dtype.kind != "S" or not len(keys):
+        return False
+    tar, offset, size = members.T
+    if min(tar.min(), offset.min(), size.min()) < 0 or tar.max() >= len(sizes):
+        return False
+    # A difference of numbers that are not negative cannot overflow.
+    if not (offset <= np.array(sizes, dtype=np.int64)[tar] - size).all():
+        return False
+    return texts.dtype == np.uint8 and texts.ndim == 1 and (captions is None or int((texts == 0).sum()) == len(keys))

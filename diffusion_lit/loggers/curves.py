@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from diffusion_lit.records import append_lines, read_records
 
 METRICS = "metrics.jsonl"
+LAST_STEP = 2**53
+"""A step that a float64 still tells from the next one."""
 
 
 class Curves(Logger):
@@ -136,11 +138,24 @@ def read_curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Reads the scalars that `Curves` wrote for a run.
 
     Returns:
-        (step, value) pairs in order of steps, by name; values may be nan or infinite. Empty if there is no file.
+        (step, value) pairs in order of steps, by name; values may be nan or infinite. Empty if there is no file. What
+        `Curves` does not write is left out.
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for record in read_records(run_dir / METRICS):
         step = record.pop("step", 0)
         for name, value in record.items():
-            curves[name][step] = float(value)
+            number = _number(value)
+            if number is not None and type(step) is int and 0 <= step < LAST_STEP:
+                curves[name][step] = number
     return {name: sorted(curve.items()) for name, curve in curves.items()}
+
+
+def _number(value: Any) -> float | None:
+    """A scalar as `Curves` writes it; None: it is something else."""
+    if not isinstance(value, int | float | str) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

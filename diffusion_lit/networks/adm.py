@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.networks.adm_blocks import Encoder, LayerFactory, TimeEmbedding, group_norm, zero_init
-from diffusion_lit.networks.layers import check_shape, run_block
+from diffusion_lit.networks.layers import MOST_BLOCKS, check_shape, run_block
 from diffusion_lit.types import Condition, Network
 
 
@@ -149,6 +149,8 @@ class ADMUNet(Encoder, Network):
             raise ValueError(f"ADMUNet: context_width={context_width} must be at least 1; null means no context")
         if transformer_depth < 1:
             raise ValueError(f"ADMUNet: transformer_depth={transformer_depth} must be at least 1")
+        if transformer_depth > MOST_BLOCKS:
+            raise ValueError(f"ADMUNet: transformer_depth={transformer_depth} must be at most {MOST_BLOCKS}")
         if transformer_depth != 1 and context_width is None:
             raise ValueError(
                 f"ADMUNet: transformer_depth={transformer_depth} needs transformers; set context_width, or "

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from diffusion_lit.networks.layers import run_block
+from diffusion_lit.networks.layers import MOST_BLOCKS, run_block
 from diffusion_lit.networks.transformer import FeedForward, TokenAttention
 from diffusion_lit.types import Part
 
@@ -60,6 +60,8 @@ class TextEncoder(nn.Module, Part):
             least = 0 if name == "depth" else 1
             if size < least:
                 raise ValueError(f"TextEncoder: {name}={size} must be at least {least}")
+        if depth > MOST_BLOCKS:
+            raise ValueError(f"TextEncoder: depth={depth} must be at most {MOST_BLOCKS}")
         self.length = length
         self.width = width
         self.checkpoint_blocks = checkpoint_blocks

@@ -27,6 +27,7 @@ from diffusion_lit.command import known_elsewhere, without
 from diffusion_lit.conditioners import Text
 from diffusion_lit.configuration import Merge, build
 from diffusion_lit.data import Folder, ImageData
+from diffusion_lit.errors import printable
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.parts import MISSING
 from diffusion_lit.recipes import layers
@@ -386,4 +387,4 @@ def main(args: Sequence[str]) -> None:
     run = import_folder if source.is_dir() else import_file
     imported = run(source, given.config, given.weights, given.trust)
     save(imported.model, imported.config, out)
-    print(report(imported, source, out))
+    print(printable(report(imported, source, out)))

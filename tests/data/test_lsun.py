@@ -1,7 +1,9 @@
 import hashlib
 import io
 import pickle
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO
 
 import lmdb
 import numpy as np
@@ -199,21 +201,21 @@ def test_a_database_that_grew_is_listed_anew(root: Path, encoded: list[bytes]) -
 def test_keys_go_to_the_cache_where_the_folder_cannot_be_written(
     root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_file = lsun._write
+    write_file = lsun.whole_file
 
-    def read_only(file: Path, keys: np.ndarray) -> None:
+    def read_only(file: Path) -> AbstractContextManager[BinaryIO]:
         if file.parent == root:  # File modes do not stop the superuser, who may run this.
             raise PermissionError(file)
-        write_file(file, keys)
+        return write_file(file)
 
-    monkeypatch.setattr(lsun, "_write", read_only)
+    monkeypatch.setattr(lsun, "whole_file", read_only)
     for path in (root / "tower_train_lmdb", root / "tower_val_lmdb"):
         list_keys(path)
     assert sorted(file.name.split("-")[0] for file in cache.iterdir()) == [
         "tower_train_lmdb",
         "tower_val_lmdb",
     ]
-    monkeypatch.setattr(lsun, "_write", write_file)
+    monkeypatch.setattr(lsun, "whole_file", write_file)
     assert len(list_keys(root / "tower_train_lmdb")) == 10
     assert not list(root.glob("*.npy"))
 
