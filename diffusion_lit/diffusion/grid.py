@@ -1,6 +1,6 @@
 """Grids: the times that a sampler visits.
 
-A grid of S steps has S + 1 times, t_S > ... > t_1 > t_0, of which t_0 is 0 unless `Grid.end` says another. On a chain
+A grid of S steps has S + 1 times, t_S > ... > t_1 >= t_0, of which t_0 is 0 unless `Grid.end` says another. On a chain
 these are S distinct entries for any 1 <= S <= T: where a paper's rule rounds two times to one entry, the later one
 moves up to the next free entry.
 Continuous time is treated as a chain of 1 / first_time entries, without any rounding.

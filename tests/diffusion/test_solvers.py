@@ -14,12 +14,14 @@ from torch import Tensor
 from diffusion_lit.diffusion import (
     DDIM,
     PLMS,
+    Ancestral,
     Cosine,
     DiscreteProcess,
     DPMSolver,
     Grid,
     Heun,
     Karras,
+    Leading,
     Linear,
     LogSNR,
     Sampler,
@@ -240,3 +242,36 @@ def test_a_karras_grid_stays_within_the_process() -> None:
 def test_errors_name_the_value_and_the_bound(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "grid", [Leading(), Leading(1, clean=False), Leading(clean=False)], ids=["to 0", "above 0", "twice"]
+)
+@pytest.mark.parametrize(
+    "sampler_with",
+    [
+        lambda grid: DDIM(7, grid=grid, eta=1.0),
+        lambda grid: Ancestral(7, grid=grid),
+        lambda grid: Heun(7, grid=grid),
+        lambda grid: DPMSolver(7, 3, grid, lower_order_final=False),
+        lambda grid: PLMS(7, grid),
+        lambda grid: PLMS(1, grid),
+    ],
+    ids=["ddim", "ancestral", "heun", "dpm", "plms", "plms, one step"],
+)
+def test_a_grid_may_end_above_0_or_at_its_least_time(sampler_with: Callable[[Grid], Sampler], grid: Grid) -> None:
+    """Evaluations are counted as they are made, and a last step from a time to itself changes nothing."""
+    process, calls = DiscreteProcess(), 0
+    exact = DATA.denoise(process)
+
+    def counted(x_t: Tensor, t: Tensor) -> Prediction:
+        nonlocal calls
+        calls += 1
+        return exact(x_t, t)
+
+    sampler = sampler_with(grid)
+    *_, before, after = sampler.path(counted, START, process, lambda: torch.zeros_like(START))
+    assert calls == sampler.evaluations(process)
+    assert after.x_t.isfinite().all()
+    if before.t == after.t:
+        torch.testing.assert_close(after.x_t, before.x_t, rtol=1e-9, atol=1e-9)

@@ -63,7 +63,7 @@ def start_std(process: Process, t: Tensor) -> float:
 
 
 class Sampler(Part):
-    """Takes x from the first time of its grid to 0.
+    """Takes x from the first time of its grid to the last, which is 0 unless `Grid.end` says another.
 
     Args:
         steps: Number of network evaluations per image, S; None: all T of a chain.
@@ -92,7 +92,8 @@ class Sampler(Part):
             x_t: (B, ...).
             process: The forward process.
             t: Time of x_t, a scalar.
-            s: Time to go to, a scalar below t; 0 in the last step, in which no noise is added.
+            s: Time to go to, a scalar below t, or t itself where the grid ends at its least time. In a step to 0 no
+                noise is added.
             noise: Called only when fresh noise is needed.
 
         Returns:
@@ -103,12 +104,12 @@ class Sampler(Part):
         """Returns the step function for one trajectory; multistep solvers keep its history in it.
 
         Args:
-            times: Times of the trajectory, falling, the last 0.
+            times: Times of the trajectory, falling; the last is the grid's end.
         """
         return self.step
 
     def num_intervals(self, process: Process) -> int:
-        """Returns the number of grid times above 0.
+        """Returns the number of steps over the whole grid.
 
         Raises:
             ValueError: If all steps are asked for in continuous time.
@@ -123,7 +124,7 @@ class Sampler(Part):
         return process.num_steps
 
     def times(self, process: Process, start: float | None = None) -> Tensor:
-        """Returns the times of a trajectory, falling, float64 on the CPU; the last is 0.
+        """Returns the times of a trajectory, falling, float64 on the CPU; the last is the grid's end.
 
         Args:
             process: The forward process.

@@ -62,7 +62,9 @@ class DPMSolver(Sampler):
             nonlocal remaining
             x0 = denoise(x_t, t).x0
             past.appendleft((process.log_snr(t) / 2, x0))
-            known = list(past)[: 1 if s == 0 else remaining if self.lower_order_final else self.order]
+            # Of order 1 where the grid has the same time twice at its end: there is no width to divide by.
+            order = 1 if s in (0, t) else remaining if self.lower_order_final else self.order
+            known = list(past)[:order]
             remaining -= 1
             return extrapolate(x_t, known, process, t, s), x0
 

@@ -22,7 +22,8 @@ class Heun(Sampler):
     gamma = min(s_churn / N, sqrt(2) - 1) where s_min <= s <= s_max, and 0 elsewhere.
 
     Args:
-        steps: Number of network evaluations per image, odd; of an even number one is not used. None: 2 T - 1.
+        steps: Number of network evaluations per image, odd; of an even number one is not used. None: 2 T - 1. A grid
+            that ends above 0 takes one more.
         grid: The rule that chooses (steps + 1) / 2 times.
         clip: Whether predictions of x_0 are clipped to [-1, 1].
         s_churn: Amount of fresh noise, at least 0; 0: the sampler is deterministic.
@@ -58,7 +59,7 @@ class Heun(Sampler):
         self.s_noise = s_noise
 
     def num_intervals(self, process: Process) -> int:
-        """Returns the number of grid times above 0, N.
+        """Returns the number of steps over the whole grid, N.
 
         Raises:
             ValueError: If a chain of T steps allows fewer evaluations, 2 T - 1, or if all are asked for in continuous
@@ -75,7 +76,8 @@ class Heun(Sampler):
         return (self.steps + 1) // 2
 
     def evaluations(self, process: Process) -> int:
-        return 2 * self.num_intervals(process) - 1
+        # The step to t = 0 takes one.
+        return 2 * self.num_intervals(process) - (self.grid.end(process) == 0)
 
     def step(
         self, denoise: DenoiseFn, x_t: Tensor, process: Process, t: Tensor, s: Tensor, noise: NoiseFn

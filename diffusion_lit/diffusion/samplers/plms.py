@@ -23,7 +23,7 @@ class PLMS(Sampler):
     """A DDIM step of a combination of up to four predictions of eps; deterministic.
 
     The first step, which has no earlier predictions, takes the mean of the predictions at its two ends: S steps are
-    S + 1 network evaluations.
+    S + 1 network evaluations. A single step is one of DDIM, as in diffusers.
 
     Args:
         steps: Number of steps, S; None: all T of a chain.
@@ -51,7 +51,6 @@ class PLMS(Sampler):
             past.appendleft(denoise(x_t, t).eps)
             eps = sum((w * e for w, e in zip(WEIGHTS[len(past) - 1], past, strict=True)), torch.zeros_like(x_t))
             x_s, x0 = shifted(x_t, eps, process, t, s)
-            # A trajectory of a single step, to t = 0, has no other end.
             if len(past) > 1 or steps == 1:
                 return x_s, x0
             return shifted(x_t, (eps + denoise(x_s, s).eps) / 2, process, t, s)

@@ -29,7 +29,7 @@ class Clock:
     """Tells the number of a sampler's step from the time at which the network is evaluated.
 
     Args:
-        times: Of the sampler, falling, the last 0.
+        times: Of the sampler, falling, with the grid's end, to which the last step leads.
     """
 
     def __init__(self, times: Tensor) -> None:
