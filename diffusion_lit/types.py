@@ -61,8 +61,8 @@ class Batch(TypedDict):
     """A batch of examples.
 
     Attributes:
-        image: Images, (B, C, H, W); uint8 from the data set, float in [-1, 1] on the device. Batches of training and
-            validation may lack it where they have `moments`.
+        image: Images, (B, C, H, W); uint8 from the data set, float in [-1, 1] on the device. Batches of training,
+            validation and testing may lack it where they have `moments`.
         label: Class indices, int64, (B,).
         caption: Texts as UTF-8 bytes, uint8 (B, L): see `diffusion_lit.text`.
         map: Spatial condition such as a segmentation map, (B, ..., H, W).

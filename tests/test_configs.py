@@ -1,5 +1,7 @@
 """Every recipe becomes objects, and says what its paper says."""
 
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -322,3 +324,9 @@ def test_while_training_a_score_uses_fewer_images_than_in_the_end(monkeypatch: p
     assert (evaluation.training_requests.num_images, evaluation.requests.num_images) == (10_000, 50_000)
     assert isinstance(evaluation.training_sampler, DDIM)
     assert evaluation.sampler is None
+
+
+def test_the_readme_names_every_recipe() -> None:
+    """By name, or by a family such as `cd_*`, of which the table lists the members."""
+    said = re.findall(r"`([^`\s]+)`", (CONFIGS.parent / "README.md").read_text())
+    assert [recipe for recipe in RECIPES if not any(fnmatch(recipe, name) for name in said)] == []

@@ -94,7 +94,7 @@ class BSRLight(Degradation):
         return resized(x, size, "bicubic", antialias=True)
 
     def _reduced(self, x: Tensor, factor: int, generator: np.random.Generator) -> Tensor:
-        """To a random size, mostly; else by a blur of which every so manyth pixel is kept."""
+        """To a random size, mostly; else by a blur, of which one pixel in every `factor` is kept."""
         if generator.random() < 0.8:
             scale = generator.uniform(1, 2 * factor)
             size = max(1, int(x.shape[1] / scale)), max(1, int(x.shape[2] / scale))

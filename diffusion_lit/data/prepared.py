@@ -32,7 +32,8 @@ class Prepared(Source):
         image_size: Height and width in pixels, as prepared.
         channels: 3 for RGB, 1 for grey, as prepared.
         moments: The file that `prepare --first_stage` wrote for these images; null: batches have no moments.
-        pixels: Whether batches of training and validation have the images too; null: only where there are no moments.
+        pixels: Whether batches of training, validation and testing have the images too; null: only where there are no
+            moments.
             Pictures and scores always have them.
 
     Raises:

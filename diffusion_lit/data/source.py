@@ -15,7 +15,8 @@ class Source(Part):
     Attributes:
         flips: Default of `ImageData.flip`: whether a mirrored image is still an image of this collection.
         eval_batch_size: Default of `ImageData.eval_batch_size`.
-        gives_pixels: Whether batches of training and validation have `image`; false: they have `moments` instead.
+        gives_pixels: Whether batches of training, validation and testing have `image`; false: they have `moments`
+            instead.
         moments_of: Fingerprint of the first stage whose `moments` batches have; None: they have none.
     """
 

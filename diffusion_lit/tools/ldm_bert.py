@@ -208,7 +208,7 @@ def configuration(encoder: TextEncoder) -> dict[str, Any]:
 def to_bert(encoder: TextEncoder) -> dict[str, Tensor]:
     """The tensors of a text encoder by diffusers' names; the head that nothing uses, which diffusers needs, is zero."""
     names = bert_names(encoder)
-    state = {names[name]: tensor.contiguous() for name, tensor in encoder.state_dict().items() if name in names}
+    state = {names[name]: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     words, width = encoder.token_emb.weight.shape
     head = {f"{HEAD}weight": torch.zeros(words, width), f"{HEAD}bias": torch.zeros(words)}
     return {**{name: value for name, value in state.items() if not name.startswith(HEAD)}, **head}
