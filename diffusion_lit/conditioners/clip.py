@@ -119,7 +119,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     if tokenizer.model_max_length < length:
         raise ValueError(
             f"conditioner.folder={path}: the tokenizer makes {tokenizer.model_max_length} tokens and the tower takes "
-            f"{length}; such models are not sampled here as they were trained"
+            f"{length}; give the tokenizer that the tower was trained with"
         )
     return model, tokenizer
 

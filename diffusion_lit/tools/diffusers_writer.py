@@ -63,7 +63,7 @@ def write_diffusers(model: DiffusionModule, folder: Path) -> str | None:
     if isinstance(model.codec, FirstStage):
         pipeline = pipeline_of(model)
         stage, scale = scaled_autoencoder(model.codec)
-        schedule = scheduler.ddim_configuration(schedule, model.sampler.grid)
+        schedule = scheduler.ddim_configuration(schedule)
         place = (pipeline or Written("")).first_stage
         write_autoencoder(stage, folder / place, scale)
         parts[place] = ["diffusers", autoencoders.configuration(stage, scale)["_class_name"]]
@@ -80,7 +80,7 @@ def write_diffusers(model: DiffusionModule, folder: Path) -> str | None:
 def unet_configuration(network: UNet | ADMUNet) -> dict[str, Any]:
     """The config.json of a U-Net; ValueError if diffusers has no such network."""
     if getattr(network, "has_level", False):
-        raise ValueError("diffusers' networks here have no embedding of a level (level=true); use --to safetensors")
+        raise ValueError("diffusers' U-Nets do not embed a level (level=true); use --to safetensors")
     if isinstance(network, ADMUNet) and network.context_width is not None:
         return unet2d_condition.configuration(network)
     return unet2d.configuration(network)

@@ -109,7 +109,7 @@ def store(file: BinaryIO, data: ImageData, split: Split) -> Iterator[int]:
         if more := batch.keys() - stored:
             raise ValueError(
                 f"{data.dataset(split).name}: `prepare` cannot store {', '.join(sorted(more))}; prepare the images "
-                "without"
+                "without them"
             )
         file.write(batch["image"].numpy().data)
         labels += batch["label"].tolist() if "label" in batch else []

@@ -171,15 +171,17 @@ def grid_configuration(grid: Grid) -> dict[str, Any]:
     return {
         "timestep_spacing": spacings.get(type(grid).__name__, LEADING),
         "steps_offset": grid.offset if isinstance(grid, Leading) else 0,
+        # Of no account to a DDPMScheduler, and kept by it for the DDIMScheduler that is made from it.
+        "set_alpha_to_one": not isinstance(grid, Leading) or grid.clean,
     }
 
 
-def ddim_configuration(config: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+def ddim_configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a `DDIMScheduler` of that of a `DDPMScheduler`; ValueError for a learned variance."""
     if config["variance_type"] == "learned_range":
         raise ValueError("diffusers has no pipeline over latents with a learned variance; use --to safetensors")
     rest = {key: value for key, value in config.items() if key != "variance_type"}
-    return {**rest, "_class_name": DDIM_CLASS, "set_alpha_to_one": not isinstance(grid, Leading) or grid.clean}
+    return {**rest, "_class_name": DDIM_CLASS}
 
 
 def configuration(

@@ -25,6 +25,7 @@ from diffusion_lit.diffusion import (
     FixedLarge,
     FixedSmall,
     Grid,
+    Leading,
     LearnedRange,
     Linear,
     Parameterization,
@@ -204,7 +205,7 @@ PARAMETERIZATIONS: list[tuple[Parameterization, Schedule]] = [
 
 @pytest.mark.parametrize(("parameterization", "schedule"), PARAMETERIZATIONS)
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("grid", [Uniform(), Trailing()])
+@pytest.mark.parametrize("grid", [Uniform(), Trailing(), Leading(1, clean=False)])
 def test_the_exported_pipelines_ddim_images_are_ours(
     parameterization: Parameterization, schedule: Schedule, clip: bool, grid: Grid, tmp_path: Path
 ) -> None:
