@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from diffusion_lit import lightning as private
 from diffusion_lit.callbacks.signals import StopSignals
+from diffusion_lit.trainer import Trainer
 from tests import tiny
 
 
@@ -100,6 +101,6 @@ def test_a_rewound_checkpoint_counts_whole_steps_as_lightning_does(tmp_path: Pat
 
 def test_rich_s_bar_says_nothing_of_epochs(tmp_path: Path) -> None:
     bar = RichProgressBar()
-    trainer = tiny.trainer(tmp_path, max_steps=1, callbacks=[bar])
+    trainer = Trainer(default_root_dir=tmp_path, max_steps=1, logger=False, callbacks=[bar])
     assert trainer.max_epochs == -1
     assert bar._get_train_description(0) == "Training"

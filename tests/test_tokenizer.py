@@ -85,3 +85,29 @@ def test_files_that_hold_no_vocabulary_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]))
     with pytest.raises(ValueError, match=r"has 12 tokens, the text encoder 8; set .*encoder\.vocabulary 12"):
         WordPiece(str(tmp_path / "vocab.txt")).learn([], 8)
+
+
+ENDLESS = {"type": "Replace", "pattern": {"Regex": "(a|aa)+$"}, "content": ""}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": ENDLESS},
+        {"normalizer": {"type": "Sequence", "normalizers": [ENDLESS]}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Removed", "invert": False}},
+    ],
+)
+def test_a_tokenizer_with_a_regular_expression_is_refused_from_a_file_and_from_a_checkpoint(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    learner = learned().tokenizer
+    good = json.loads(bytes(learner.get_extra_state().tolist()))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**good, **change}))
+    with pytest.raises(ValueError, match=r"file=.*tokenizer\.json cannot be used: .*regular expression"):
+        WordPiece(str(path)).learn([], 250)
+    with pytest.raises(ValueError, match=r"vocabulary cannot be read: .*regular expression"):
+        WordPiece().set_extra_state(torch.tensor(list(path.read_bytes()), dtype=torch.uint8))
+    path.write_text(json.dumps(good))
+    WordPiece(str(path)).learn([], 250)

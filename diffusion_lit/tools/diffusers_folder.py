@@ -11,7 +11,7 @@ from diffusion_lit import codecs
 from diffusion_lit.checkpoint import AVERAGED, RAW
 from diffusion_lit.networks import ADMUNet, Autoencoder
 from diffusion_lit.tools import autoencoders, scheduler, unet2d, unet2d_condition
-from diffusion_lit.tools.files import is_state, plain_names, read, read_json
+from diffusion_lit.tools.files import is_state, naming, plain_names, read, read_json
 from diffusion_lit.tools.ldm_bert import Conditioned
 from diffusion_lit.tools.pipelines import Index, read_index
 from diffusion_lit.tools.tensor_names import Exchanged, from_diffusers
@@ -127,7 +127,7 @@ def read_network(place: Path) -> Stored:
             "sharded weights are not read"
         )
     config = read_json(place / "config.json")
-    with torch.device("meta"):
+    with naming(place / "config.json"), torch.device("meta"):
         # Sizes come from the file: they are compared with its tensors before memory is taken.
         part, scale, shapes = equal_network(config)
     tensors = read(files[0])

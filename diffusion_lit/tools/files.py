@@ -5,7 +5,8 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -95,6 +96,19 @@ def parse_json(text: str | bytes, source: Path | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{source} holds no JSON object, which a configuration is")
     return value
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A context in which what a configuration says is used: errors name its file, and are of values, in one line.
+
+    Raises:
+        ValueError: Instead of any other error that sizes, types or numbers that cannot be lead to.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:

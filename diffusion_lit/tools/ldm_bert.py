@@ -13,7 +13,7 @@ from diffusion_lit.conditioners.tokenizer import BEGIN, END, PAD, UNKNOWN
 from diffusion_lit.networks import TextEncoder
 from diffusion_lit.networks.transformer import TokenAttention
 from diffusion_lit.tools.diffusers_config import whole_numbers
-from diffusion_lit.tools.files import check_tensors, is_state, plain_names, read, read_json
+from diffusion_lit.tools.files import check_tensors, is_state, naming, plain_names, read, read_json
 from diffusion_lit.tools.scheduler import part
 
 CLASS, TOKENIZER_CLASS = "LDMBertModel", "BertTokenizer"
@@ -78,8 +78,9 @@ def read_text(folder: Path) -> Conditioned:
         raise FileNotFoundError(
             f"{place} has no {WEIGHTS_FILES[0]} or {WEIGHTS_FILES[1]}; sharded weights are not read"
         )
-    given = arguments(read_json(place / "config.json"))
-    with torch.device("meta"):
+    config = read_json(place / "config.json")
+    with naming(place / "config.json"), torch.device("meta"):
+        given = arguments(config)
         encoder = TextEncoder(**given)
     tensors = read(files[0])
     if not is_state(tensors):

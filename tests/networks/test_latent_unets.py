@@ -264,6 +264,7 @@ def test_conditions_that_a_network_was_not_made_for_are_ignored() -> None:
     [
         ({"context_width": 0}, ["context_width=0", "at least 1", "null"]),
         ({"context_width": 6, "transformer_depth": 0}, ["transformer_depth=0", "at least 1"]),
+        ({"context_width": 6, "transformer_depth": 2**30}, ["transformer_depth=1073741824", "at most 1000"]),
         ({"transformer_depth": 2}, ["transformer_depth=2", "set context_width"]),
         ({"concat_channels": -1}, ["concat_channels=-1", "at least 0"]),
         ({"context_width": 6, "head_channels": 5}, ["head_channels=5", "16 channels", "divisor"]),

@@ -165,6 +165,11 @@ def test_sizes_that_are_too_small_are_refused(name: str) -> None:
         small(**{name: least - 1})
 
 
+def test_blocks_without_end_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"TextEncoder: depth=1073741824 must be at most 1000"):
+        small(depth=2**30)
+
+
 def test_without_blocks_each_token_of_the_context_depends_on_its_own_word() -> None:
     network = small(depth=0)
     tokens = torch.tensor([[1, 2, 3, 4], [1, 5, 3, 4]])

@@ -1,5 +1,6 @@
 """Files that strangers made: nothing in them runs, and a damaged one is said to be so."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_lit.tools import files, import_weights
+from diffusion_lit.tools.diffusers_folder import read_network
 from diffusion_lit.tools.files import read, read_json
 
 
@@ -112,3 +114,33 @@ def test_a_configuration_is_a_json_object(tmp_path: Path) -> None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError, match=words):
             read_json(file)
+
+
+def test_sizes_and_kinds_that_cannot_be_are_refused_with_the_file_that_says_them(tmp_path: Path) -> None:
+    good = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "block_out_channels": [32, 32],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    bad: list[dict[str, object]] = [
+        {"block_out_channels": [2**40] * 2},
+        {"block_out_channels": [10**30] * 2},
+        {"layers_per_block": 10**9},
+        {"dropout": [1]},
+        {"dropout": "x"},
+        {"down_block_types": None},
+        {"down_block_types": [["a"], {}]},
+        {"_class_name": ["x"]},
+        {
+            "block_out_channels": [32] * 20_000,
+            "down_block_types": ["DownBlock2D"] * 20_000,
+            "up_block_types": ["UpBlock2D"] * 20_000,
+        },
+    ]
+    save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    for change in bad:
+        (tmp_path / "config.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=r"config\.json: [^\n]*$"):
+            read_network(tmp_path)
