@@ -22,13 +22,14 @@ from diffusion_lit.callbacks.storage import if_possible
 from diffusion_lit.checkpoint import read_checkpoint, run_of
 from diffusion_lit.command import Command, configuration, known_elsewhere, parse, require, run_name
 from diffusion_lit.configuration import Merge, class_paths, only_imports
-from diffusion_lit.errors import OTHER_ERRORS, printable
+from diffusion_lit.errors import OTHER_ERRORS
 from diffusion_lit.loggers import clear_save_dir, fill_save_dir, log_hyperparams
 from diffusion_lit.main import COMMANDS, main, outlive_terminal
 from diffusion_lit.parts import Slot, import_part, signature
 from diffusion_lit.recipes import names
 from diffusion_lit.sections import CARRIED, SECTIONS, SEED, WRITTEN
 from diffusion_lit.system import System
+from diffusion_lit.terminal import printable
 from diffusion_lit.trainer import Trainer
 
 __all__ = ["CARRIED", "CLI", "SECTIONS", "main", "parse", "run"]

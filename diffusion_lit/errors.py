@@ -9,6 +9,8 @@ import sys
 import traceback
 from typing import NoReturn, cast
 
+from diffusion_lit.terminal import printable
+
 TRACEBACK = "DIFFUSION_LIT_TRACEBACK"
 USER_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError)
 VAGUE_ERRORS = (TypeError, RuntimeError, ZeroDivisionError, OverflowError)
@@ -34,11 +36,6 @@ def fail(message: str) -> NoReturn:
     sys.stderr.write(f"diffusion_lit: error: {which_process()}{line}\n")
     sys.stderr.flush()
     raise SystemExit(2)
-
-
-def printable(text: str) -> str:
-    """A text in which what a terminal would obey is written as an escape: names of files and captions are anybody's."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def which_process() -> str:

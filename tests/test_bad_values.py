@@ -16,10 +16,11 @@ import pytest
 from diffusion_lit import cli
 from diffusion_lit.configuration import Merge
 from diffusion_lit.errors import LONG, report
+from diffusion_lit.methods.progressive_distillation import ProgressiveDistillation
 from diffusion_lit.parts import signature
 from diffusion_lit.requests import Requests
 from diffusion_lit.trainer import Trainer
-from tests import tiny
+from tests import systems, tiny
 from tests.test_changed_options import make, one
 from tests.test_cli import CPU, SMALL, tree
 
@@ -192,3 +193,21 @@ def test_what_an_optional_part_says_is_all_that_is_said(
     said = outcome(["fit", "-c", "digits_cfg", *CPU, *words], capfd)
     assert said.startswith(f"diffusion_lit: error: {line}"), said
     assert "Union" not in said
+
+
+OF_SYSTEMS: dict[Callable[..., object], list[str]] = {
+    tiny.module: ["max_skipped_steps", "seed"],
+    systems.ddgan: ["max_skipped_steps", "seed", "r1_gamma", "r1_every"],
+    systems.autoencoder: ["max_skipped_steps", "seed"],
+    partial(ProgressiveDistillation, "teacher.ckpt"): ["last_steps", "stages"],
+}
+
+
+@pytest.mark.parametrize("make", OF_SYSTEMS, ids=["diffusion", "ddgan", "autoencoder", "distillation"])
+def test_settings_of_whole_systems_are_taken_or_refused_with_their_names(make: Callable[..., object]) -> None:
+    for name in OF_SYSTEMS[make]:
+        # Configurations have no other kinds of values: see above.
+        for value in (-1e300, float("inf"), float("nan")) if name == "r1_gamma" else (-1, 0, 10**19):
+            said = refusal(partial(make, **{name: [value] if name == "stages" else value}))
+            assert said is None or name in said, (name, value, said)
+            assert said is not None or (value >= 0 and value < float("inf")) or name == "seed", (name, value)

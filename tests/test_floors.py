@@ -7,7 +7,20 @@ import pytest
 
 PACKAGE = "diffusion_lit"
 FLOORS: list[set[str]] = [
-    {"types", "text", "lightning", "upgrade", "averaging", "execution", "optimization", "stepping", "parts", "locks"},
+    {
+        "types",
+        "text",
+        "files",
+        "terminal",
+        "lightning",
+        "upgrade",
+        "averaging",
+        "execution",
+        "optimization",
+        "stepping",
+        "parts",
+        "locks",
+    },
     {"codec", "frozen", "images", "memory", "recipes", "configuration", "trainer_options"},
     {"conditioner"},
     {"records", "recorded", "command"},

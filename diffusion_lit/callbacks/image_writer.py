@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, PngImagePlugin
 
 from diffusion_lit.callbacks.progress import ProgressBar, sampling_bar
+from diffusion_lit.files import whole_file
 from diffusion_lit.generator import Generated, Generator
 from diffusion_lit.images import save_animation, save_png, tile, to_pil, to_uint8
-from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.requests import Requests
 from diffusion_lit.text import decode_text
 

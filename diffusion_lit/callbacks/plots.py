@@ -9,8 +9,8 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from diffusion_lit.errors import printable
 from diffusion_lit.loggers import read_curves
+from diffusion_lit.terminal import printable
 
 Curve = list[tuple[int, float]]
 LARGEST = 1e100

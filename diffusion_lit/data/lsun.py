@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Source, at_least
-from diffusion_lit.metrics.files import whole_file
+from diffusion_lit.files import whole_file
 
 SCENES = (
     "bedroom",

@@ -18,7 +18,7 @@ from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Source, at_least
-from diffusion_lit.metrics.files import whole_file
+from diffusion_lit.files import whole_file
 
 VERSION = 1
 LONGEST_CAPTION = 1 << 20
@@ -233,8 +233,8 @@ def index_of(root: Path, captions: str | None) -> dict[str, np.ndarray]:
     for path in kept_at:
         with (
             contextlib.suppress(OSError, ValueError, EOFError, LookupError, AttributeError, zipfile.BadZipFile),
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as stored,
+            path.open("rb") as opened,
+            np.load(opened, allow_pickle=False) as stored,
         ):
             index = {entry: stored[entry] for entry in ("members", "keys", "texts")}
             if fits(index, [size for _, size, _ in states], captions):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lit.metrics.files import whole_file
+from diffusion_lit.files import whole_file
 
 KEY = "key.json"
 

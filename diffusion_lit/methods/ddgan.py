@@ -7,6 +7,7 @@ of pairs (x_s, x_t) replaces the squared error. Source: Xiao et al. 2022, "Tackl
 with denoising diffusion GANs".
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -109,10 +110,10 @@ class DDGAN(Generator):
                 f"network: {type(network).__name__} has no latent variable; set --model.network NCSNpp, or latent_size "
                 "as an attribute in its constructor"
             )
-        if self.r1_gamma < 0 or self.r1_every < 1:
+        if not 0 <= self.r1_gamma < math.inf or self.r1_every < 1:
             raise ValueError(
-                f"r1_gamma={self.r1_gamma} must be at least 0 and r1_every={self.r1_every} at least 1; the paper has "
-                "0.02 and 15 for CIFAR-10"
+                f"r1_gamma={self.r1_gamma} must be finite and at least 0, and r1_every={self.r1_every} at least 1; the "
+                "paper has 0.02 and 15 for CIFAR-10"
             )
         if self.r1_gamma > 0 and hasattr(self.discriminator, "_orig_mod"):
             raise ValueError(

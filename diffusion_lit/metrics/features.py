@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from diffusion_lit.files import whole_file
 from diffusion_lit.memory import in_memory
-from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.records import digest
 from diffusion_lit.types import Part
 

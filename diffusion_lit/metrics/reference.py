@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lit.files import whole_file
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
-from diffusion_lit.metrics.files import whole_file
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, check_gaussian, one_process
 
 

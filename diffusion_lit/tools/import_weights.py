@@ -27,12 +27,12 @@ from diffusion_lit.command import known_elsewhere, without
 from diffusion_lit.conditioners import Text
 from diffusion_lit.configuration import Merge, build
 from diffusion_lit.data import Folder, ImageData
-from diffusion_lit.errors import printable
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.parts import MISSING
 from diffusion_lit.recipes import layers
 from diffusion_lit.sections import CARRIED, SEED
 from diffusion_lit.system import System
+from diffusion_lit.terminal import printable
 from diffusion_lit.tools import compvis
 from diffusion_lit.tools.diffusers_config import with_null_label
 from diffusion_lit.tools.diffusers_folder import AUTOENCODER, DIFFUSION, PLACES, read_folder, read_scheduler

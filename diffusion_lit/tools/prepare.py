@@ -25,8 +25,8 @@ from diffusion_lit.configuration import instantiate
 from diffusion_lit.data import CorruptImage, ImageData, InMemoryImages, Prepared, Split
 from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.prepared import FORMAT, MOMENTS_FORMAT, list_arrays
+from diffusion_lit.files import remove_abandoned, whole_file
 from diffusion_lit.images import from_uint8
-from diffusion_lit.metrics.files import remove_abandoned, whole_file
 from diffusion_lit.parts import Slot
 from diffusion_lit.types import StepFn
 

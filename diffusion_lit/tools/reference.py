@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.data import ImageData, Split
+from diffusion_lit.files import remove_abandoned
 from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, WrongImageCount, compute_reference
-from diffusion_lit.metrics.files import remove_abandoned
 from diffusion_lit.parts import Slot, path_of
 from diffusion_lit.tools.prepare import parse
 

@@ -71,7 +71,7 @@ def sparse(path: Path) -> None:
     """A member that claims 2^60 bytes, none of which is there."""
     info = special("a.png", tarfile.GNUTYPE_SPARSE)
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[483:495] = tarfile.itn(2**60, 12, tarfile.GNU_FORMAT)
+    header[483:495] = b"\x80" + (2**60).to_bytes(11, "big")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     path.write_bytes(bytes(header) + bytes(10240 - 512))

@@ -17,6 +17,7 @@ from diffusion_lit.data.batches import Batches, as_is
 from diffusion_lit.data.decode import SmallImageWarning
 from diffusion_lit.data.lsun import LSUN, LSUNImages, list_keys
 from diffusion_lit.data.stream import Key
+from diffusion_lit.files import whole_file
 from tests.data.adm import adm_center_crop
 
 FEW_CORES = "ignore:This DataLoader will create"
@@ -201,7 +202,7 @@ def test_a_database_that_grew_is_listed_anew(root: Path, encoded: list[bytes]) -
 def test_keys_go_to_the_cache_where_the_folder_cannot_be_written(
     root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_file = lsun.whole_file
+    write_file = whole_file
 
     def read_only(file: Path) -> AbstractContextManager[BinaryIO]:
         if file.parent == root:  # File modes do not stop the superuser, who may run this.

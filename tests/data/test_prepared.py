@@ -27,7 +27,7 @@ from diffusion_lit.data import (
     Prepared,
     TextFiles,
 )
-from diffusion_lit.metrics.files import whole_file
+from diffusion_lit.files import whole_file
 from diffusion_lit.tools.prepare import parse, prepare
 from tests import tiny
 from tests.data.test_lsun import write
