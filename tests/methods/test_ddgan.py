@@ -186,7 +186,7 @@ class Compiled(Scaled):
     ("parts", "message"),
     [
         ({"network": tiny.network()}, "UNet has no latent variable"),
-        ({"r1_every": 0}, r"r1_gamma=0\.02 must be at least 0 and r1_every=0 at least 1"),
+        ({"r1_every": 0}, r"r1_gamma=0\.02 must be finite and at least 0, and r1_every=0 at least 1"),
         ({"discriminator": Compiled()}, "needs second derivatives, which a compiled discriminator does not have"),
         ({"discriminator": PairDiscriminator(16, 1, [8, 8])}, r"the generator makes \(1, 8\) and the discriminator"),
         ({"sampler": DDIM(steps=5)}, r"sampler\.steps=5 must lie in 1 \.\. 4"),
