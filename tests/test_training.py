@@ -285,10 +285,12 @@ def test_a_weights_only_checkpoint_holds_the_average_and_says_that_it_has_no_oth
     assert identical(small["state_dict"], full["state_dict"])
     assert "current_model_state" not in small
     model = tiny.module()
-    tiny.trainer(tmp_path).validate(model, tiny.data(), str(tmp_path / "small.ckpt"))
+    tiny.trainer(tmp_path, limit_val_batches=1).validate(model, tiny.data(), str(tmp_path / "small.ckpt"))
     assert identical(dict(model.state_dict()), small["state_dict"])
     with pytest.raises(ValueError, match=r"weights='raw' are not in the checkpoint; it has \['0\.9', 'averaged'\]"):
-        tiny.trainer(tmp_path).validate(tiny.module(), tiny.data(), str(tmp_path / "small.ckpt"), weights="raw")
+        tiny.trainer(tmp_path, limit_val_batches=1).validate(
+            tiny.module(), tiny.data(), str(tmp_path / "small.ckpt"), weights="raw"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +313,9 @@ def test_every_stage_but_fit_takes_the_weights_asked_for(run_dir: Path, tmp_path
     for weights, state in expected.items():
         model = tiny.module()
         more = {"num_images": 1, "batch_size": 1, "out": str(tmp_path / weights)} if stage == "predict" else {}
-        trainer = tiny.trainer(tmp_path, callbacks=[Checkpoints()], logger=False, limit_test_batches=1)
+        trainer = tiny.trainer(
+            tmp_path, callbacks=[Checkpoints()], logger=False, limit_test_batches=1, limit_val_batches=1
+        )
         data = None if stage == "predict" else tiny.data()
         getattr(trainer, stage)(model, data, ckpt_path=str(last(run_dir)), weights=weights, **more)
         assert identical(dict(model.named_parameters()), state) or all(
@@ -368,7 +372,7 @@ def test_training_works_without_averages(tmp_path: Path) -> None:
     assert identical(a["state_dict"], b["state_dict"])
     assert "averages" not in a
     trainer = tiny.trainer(tmp_path, callbacks=[Checkpoints()], logger=False)
-    trainer.predict(tiny.module(), ckpt_path=str(last(whole)), num_images=1, batch_size=1, out=str(tmp_path))
+    trainer.predict(tiny.module(), ckpt_path=str(last(whole)), num_images=1, batch_size=1, out=str(tmp_path / "images"))
     with pytest.raises(ValueError, match=r"it has \['averaged', 'raw'\]"):
         trainer.predict(tiny.module(), ckpt_path=str(last(whole)), weights="0.9", out=str(tmp_path / "again"))
 
