@@ -71,7 +71,7 @@ FAST_FIT = @mkdir -p $(FAST) && echo "training: $(FAST)/$(@:fast-%=%).log" && \
 	> $(FAST)/$(@:fast-%=%).log 2>&1 || { tail -n 20 $(FAST)/$(@:fast-%=%).log; exit 1; }
 EDM_DIGITS := $(FAST)/edm/checkpoints/last.ckpt
 
-demo-fast: $(READY) ## few-step models on the digits beside DDIM: a table, a plot, samples; WORKERS=2 runs at a time, 20 minutes
+demo-fast: $(READY) ## few-step models on the digits beside DDIM: a table, a plot, samples; WORKERS=2 runs at a time, half an hour of CPU time
 	@rm -rf $(FAST)
 	@$(MAKE) --no-print-directory --jobs $(WORKERS) $(FAST_RUNS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fast $(FAST)
