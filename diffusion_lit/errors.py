@@ -63,7 +63,7 @@ def report(error: Exception) -> NoReturn:
     if isinstance(cause, ModuleNotFoundError) and not str(cause.name).startswith(_PACKAGE):
         fail(f"{text}; install it with pip, or choose another part")
     if is_users(cause):
-        text = of_a_worker(text) + remedy(cause)
+        text = "; ".join(filter(None, (of_a_worker(text), getattr(cause, "remedy", ""))))
         fail(f"{type(cause).__name__}: {text}" if type(cause) in VAGUE_ERRORS else text)
     if isinstance(cause, OTHER_ERRORS) and not is_raised_in(cause, (_PACKAGE,)):
         where = traceback.extract_tb(cause.__traceback__)[-1]
@@ -83,12 +83,6 @@ def of_a_worker(text: str) -> str:
     lines = text.rstrip().split("\n")
     start = max(number for number, line in enumerate(lines) if _RAISED.match(line) or number == 0)
     return "\n".join(lines[start:]).partition(": ")[2] or text
-
-
-def remedy(error: BaseException) -> str:
-    """What to do about an image that cannot be read."""
-    unreadable = any(kind.__name__ == "CorruptImage" for kind in type(error).__mro__)
-    return "; --data.on_corrupt skip leaves such images out" if unreadable and "none of" not in str(error) else ""
 
 
 def is_users(error: BaseException) -> bool:

@@ -101,7 +101,7 @@ class DiffusionModule(Generator):
         conditioner.check(self.denoiser.network)
         if guidance is not None:
             guidance.check(self.denoiser, self.conditioner)
-            if getattr(guidance, "clip", False) and not codec.bounded:
+            if guidance.clip and not codec.bounded:
                 raise ValueError(
                     "guidance.clip=true: latents have no bounds to clip predictions to; set --model.guidance.clip false"
                 )

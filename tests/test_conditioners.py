@@ -98,12 +98,12 @@ def test_noise_of_low_resolution_is_that_of_the_process_and_its_time_is_told() -
     torch.testing.assert_close(concat[:, 1:], torch.full((3, 1, 8, 8), 0.3))
     with pytest.raises(ValueError, match="its noise is drawn with that of the images, and here there is none"):
         part({"low_res": low}, Pixels())
-    untold = LowResolution(2, 1, NoiseAugmentation(told=None)).eval()
+    untold = LowResolution(2, 1, NoiseAugmentation(time_input=None)).eval()
     assert untold(untold.vary({"low_res": low}, lambda shape: noise), Pixels())["concat"].shape == (3, 1, 8, 8)
 
 
 def test_the_time_of_the_noise_may_have_an_embedding_of_its_own() -> None:
-    part = LowResolution(2, 1, NoiseAugmentation(most=0.8, level=0.3, told="embedding"), dropout=0.5).eval()
+    part = LowResolution(2, 1, NoiseAugmentation(most=0.8, level=0.3, time_input="embedding"), dropout=0.5).eval()
     noise = torch.randn(3, 1, 4, 4)
     condition = part(part.vary({"low_res": images(size=4)}, lambda shape: noise), Pixels())
     assert condition["concat"].shape == (3, 1, 8, 8)
@@ -124,14 +124,14 @@ def test_the_time_of_the_noise_may_have_an_embedding_of_its_own() -> None:
 
 
 def test_a_cascade_with_an_embedded_time_trains_and_is_guided(tmp_path: Path) -> None:
-    part = LowResolution(2, 1, NoiseAugmentation(level=0.4, told="embedding"), dropout=0.1)
+    part = LowResolution(2, 1, NoiseAugmentation(level=0.4, time_input="embedding"), dropout=0.1)
     made = model(part, 1, level=True, guidance=ClassifierFree(1.0))
     tiny.trainer(tmp_path, 2).fit(made, ImageData(LowResolutionOf(Digits(), 2), batch_size=16))
     given = {"low_res": images(4, size=4)}
     four = made.sample(range(4), seed=5, condition=given)
     torch.testing.assert_close(made.sample([2], seed=5, condition={"low_res": given["low_res"][2:3]}), four[2:3])
     with pytest.raises(ValueError, match=r"does not embed the time of the noise; .* --model\.network\.level true"):
-        model(LowResolution(2, 1, NoiseAugmentation(told="embedding")), 1)
+        model(LowResolution(2, 1, NoiseAugmentation(time_input="embedding")), 1)
 
 
 def test_times_of_the_noise_are_uniform_in_training() -> None:

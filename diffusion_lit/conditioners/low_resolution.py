@@ -28,12 +28,12 @@ class NoiseAugmentation(Part):
     Args:
         most: Largest time in training, in (0, 1] of the process; 1 as in the paper's untruncated variant.
         level: Time in sampling, in [0, most]; searched for after training.
-        told: How the network is given the time: as one more "channel", of which every pixel is the time; or, as in the
-            paper, by an "embedding" of its own, for which the network needs `level`; null: not at all.
+        time_input: How the network is given the time: as one more "channel", of which every pixel is the time; or,
+            as in the paper, by an "embedding" of its own, for which the network needs `level`; null: not at all.
         process: Diffuses them.
 
     Raises:
-        ValueError: If a time is out of range, or `told` is something else.
+        ValueError: If a time is out of range, or `time_input` is something else.
 
     Source: Ho et al. 2021 (cascaded diffusion models), section 4.2.
     """
@@ -42,11 +42,13 @@ class NoiseAugmentation(Part):
         self,
         most: float = 0.5,
         level: float = 0.1,
-        told: Literal["channel", "embedding"] | None = "channel",
+        time_input: Literal["channel", "embedding"] | None = "channel",
         process: Process = DiscreteProcess(),
     ) -> None:
-        if told not in ("channel", "embedding", None):
-            raise ValueError(f"conditioner.augmentation.told={told!r} must be 'channel', 'embedding' or null")
+        if time_input not in ("channel", "embedding", None):
+            raise ValueError(
+                f"conditioner.augmentation.time_input={time_input!r} must be 'channel', 'embedding' or null"
+            )
         if not 0 < most <= 1 or not 0 <= level <= most:
             raise ValueError(
                 f"conditioner.augmentation: 0 <= level={level} <= most={most} <= 1 and most > 0 must hold; set "
@@ -54,7 +56,7 @@ class NoiseAugmentation(Part):
             )
         self.most = most
         self.level = level
-        self.told = told
+        self.time_input = time_input
         self.process = process
 
 
@@ -89,7 +91,7 @@ class LowResolution(Spatial):
         self.factor = factor
         self.channels = channels
         self.augmentation = augmentation
-        if augmentation is not None and augmentation.told == "embedding":
+        if augmentation is not None and augmentation.time_input == "embedding":
             self.roles = ("concat", LEVEL)
 
     def check(self, network: nn.Module) -> None:
@@ -97,8 +99,8 @@ class LowResolution(Spatial):
         super().check(network)
         if LEVEL in self.roles and not getattr(network, "has_level", False):
             raise ValueError(
-                f"conditioner.augmentation.told=embedding: this {type(network).__name__} does not embed the time of "
-                "the noise; choose ADMUNet and set --model.network.level true"
+                f"conditioner.augmentation.time_input=embedding: this {type(network).__name__} does not embed the time "
+                "of the noise; choose ADMUNet and set --model.network.level true"
             )
 
     def forward(self, given: Condition, codec: Codec) -> Condition:
@@ -131,7 +133,7 @@ class LowResolution(Spatial):
             low = self.augmentation.process.perturb(low, self._noise(given), given[TIME]).to(low.dtype)
         if self.factor > 1:
             low = F.interpolate(low, scale_factor=self.factor, mode="bilinear", align_corners=False)
-        if self.augmentation is not None and self.augmentation.told == "channel":
+        if self.augmentation is not None and self.augmentation.time_input == "channel":
             channel = given[TIME].to(low.dtype).view(-1, 1, 1, 1).expand(-1, 1, *low.shape[2:])
             low = torch.cat([low, channel], 1)
         return low

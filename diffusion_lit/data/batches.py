@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, ImageDataset
+from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, ImageDataset, NoImage
 from diffusion_lit.data.stream import Key
 from diffusion_lit.types import Batch
 
@@ -66,7 +66,7 @@ class Batches(Dataset[Batch]):
         if not self.training:
             return [key for key in keys if not self.unreadable[key.image]]
         if self.unreadable.all():
-            raise CorruptImage(f"{self.images.name}: none of the {len(self)} images can be read")
+            raise NoImage(f"{self.images.name}: none of the {len(self)} images can be read")
         readable = []
         for key in keys:
             index = key.image

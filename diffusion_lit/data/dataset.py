@@ -23,11 +23,22 @@ class CorruptImage(ValueError):
     Args:
         message: One line: the file or key, and the reason.
         index: Index of the image in its dataset, -1 if it is not known.
+
+    Attributes:
+        remedy: What a user can do about it.
     """
+
+    remedy = "--data.on_corrupt skip leaves such images out"
 
     def __init__(self, message: str, index: int = -1) -> None:
         super().__init__(message)
         self.index = index
+
+
+class NoImage(CorruptImage):
+    """None of a dataset's images can be read; leaving them out is no remedy."""
+
+    remedy = ""
 
 
 class CorruptImageWarning(UserWarning):

@@ -15,7 +15,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from tqdm import tqdm
 
 from diffusion_lit.data.caption_forms import CaptionForm
-from diffusion_lit.data.dataset import CorruptImage, CorruptImageWarning, Example, ImageDataset, InMemoryImages, Split
+from diffusion_lit.data.dataset import (
+    CorruptImage,
+    CorruptImageWarning,
+    Example,
+    ImageDataset,
+    InMemoryImages,
+    NoImage,
+    Split,
+)
 from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Source, at_least
 
@@ -319,7 +327,7 @@ def decode_all(images: FolderImages, skip_corrupt: bool) -> InMemoryImages:
             errors += found
             bar.update(len(part))
     if len(errors) == len(images):
-        raise CorruptImage(f"none of the {len(images)} images in {images.root} can be read, first {errors[0]}")
+        raise NoImage(f"none of the {len(images)} images in {images.root} can be read, first {errors[0]}")
     for error in errors:
         warnings.warn(f"left out: {error}", CorruptImageWarning, stacklevel=2)
     keep = torch.ones(len(images), dtype=torch.bool)

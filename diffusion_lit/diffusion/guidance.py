@@ -27,9 +27,11 @@ class Guidance(Part):
 
     Attributes:
         num_classes: Number of classes if it does not depend on the network; None: it does.
+        clip: Whether it clips predictions of x_0, which data without bounds do not allow.
     """
 
     num_classes: int | None = None
+    clip: bool = False
 
     @property
     def entries(self) -> tuple[str, ...]:
