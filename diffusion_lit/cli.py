@@ -1,5 +1,6 @@
 """The commands that need a Trainer: fit, validate, test, predict and table."""
 
+import json
 import logging
 import sys
 import warnings
@@ -147,6 +148,12 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         require_devices(self.config[str(self.subcommand)].trainer)
+        # Lightning would make it twice, through YAML.
+        self.config_dump = json.loads(
+            self.parser.dump(
+                self.config, format="json", skip_unset=False, skip_validation=True, skip_link_targets=False
+            )
+        )[self.subcommand]
 
     def instantiate_classes(self) -> None:
         try:
@@ -155,8 +162,11 @@ class CLI(LightningCLI):
             raise ValueError(f"the configuration makes no model: {type(error).__name__}: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True, skip_none=False))
-        resolved = dumped[self.subcommand] | dict.fromkeys(self.off)
+        resolved = self.config_dump | dict.fromkeys(self.off)
+        for section in ("model", "data"):
+            # Linked to that of the command.
+            if (part := resolved.get(section)) is not None:
+                part.get("init_args", {}).pop("seed", None)
         self.model.config = {name: value for name, value in resolved.items() if name in CARRIED}
         clear_save_dir(resolved["trainer"]["logger"], resolved["trainer"]["default_root_dir"] or ".")
         self.trainer.resolved_config = resolved  # type: ignore[attr-defined]

@@ -1,5 +1,8 @@
 """Scikit-learn's scanned digits: a dataset to try things out with, on any machine and without a download."""
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -42,10 +45,7 @@ class Digits(Source):
         return 1, 8, 8
 
     def load(self, split: Split) -> ImageDataset:
-        # Imported here because scikit-learn takes half a second to import.
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
+        digits = _scans()
         first = NUM_IMAGES - self.held_out
         chosen = slice(None) if not self.held_out else slice(first) if split == "train" else slice(first, None)
         images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
@@ -55,3 +55,11 @@ class Digits(Source):
             torch.from_numpy(digits.target[chosen].astype(np.int64)),
             [str(name) for name in digits.target_names],
         )
+
+
+@cache
+def _scans() -> Any:
+    # Imported here because scikit-learn takes half a second to import.
+    from sklearn.datasets import load_digits
+
+    return load_digits()
