@@ -102,6 +102,7 @@ def test_a_value_of_another_kind_than_an_option_s_is_refused_by_its_key(recipe: 
         ("model.network.width", str(10**10), "model.network.width=10000000000: must be below 2.31"),
         ("model.process.num_steps", str(10**9), "process.num_steps=1000000000 must lie in 1 .. 1000000"),
         ("data.batch_size", str(10**9), "batch_size=1000000000 must be at most"),
+        ("evaluation.batch_size", str(2**30), "evaluation.batch_size=1073741824 must be at most 1048576"),
         ("trainer.logger", "0", r"trainer.logger\[0\]=0: must be Logger"),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -430,6 +431,8 @@ def test_a_mistyped_key_in_a_file_names_the_file_and_the_nearest_known_one(
         ("frechet.every_n_steps", "evaluation.every_n_steps"),
         ("data.root", "data.source.root"),
         ("model.learning_rate", "model.optimizer.lr"),
+        ("lr", "model.optimizer.lr"),
+        ("max_steps", "trainer.max_steps"),
         ("model.network.label_dropout", "model.conditioner.dropout"),
         ("model.init_args.network.init_args.label_dropout", "model.conditioner.dropout"),
     ],
@@ -717,3 +720,19 @@ def test_a_refused_run_leaves_the_configuration_of_the_run_before(run_dir: Path)
     with pytest.raises(SystemExit):
         cli.main(["fit", "-c", str(run_dir / "config.yaml"), *CPU, "--ckpt_path", "last", network, "2"])
     assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_a_run_that_ends_in_its_first_batch_leaves_the_configuration_of_the_run_before(
+    refused: Callable[[list[str]], str], run_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    image = tmp_path / "images" / "a.png"
+    image.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(image)
+    image.write_bytes(image.read_bytes()[:2000])
+    folder = ["--data.source", "Folder", "--data.source.root", str(image.parent), "--data.source.image_size", "8"]
+    folder = [*folder, "--data.source.channels", "1", "--data.source.in_memory", "false"]
+    line = refused(fit_args(tmp_path / "run", *QUIET, *AVERAGES, *folder, "--ckpt_path", "last", max_steps=4))
+    assert "a.png" in line
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before

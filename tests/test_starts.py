@@ -131,6 +131,12 @@ def test_a_checkpoint_of_another_run_does_not_continue_in_a_directory_that_holds
     assert tiny.last(tmp_path / "own").read_bytes() == before
 
 
+def test_a_run_does_not_both_continue_and_start_from_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ckpt_path=a\.ckpt continues a run and init_from=b\.ckpt starts one"):
+        tiny.trainer(tmp_path, 1).fit(tiny.module(), tiny.data(), ckpt_path="a.ckpt", init_from="b.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("asked", "batches"), [(4, [4]), (64, [64]), (100, [50, 50]), (129, [43, 43, 43])])
 def test_as_many_images_are_made_as_are_asked_for(asked: int, batches: list[int]) -> None:
     requests = asked_requests(None, asked, None, 0)

@@ -229,17 +229,17 @@ class ProgressiveDistillation(Objective):
         """Makes the student the next teacher at the end of a stage.
 
         Raises:
-            ValueError: If the options of a run that continues have another student than its next one.
+            ValueError: If the options of a run that continues have another student at this step than the run.
         """
-        stage = stage_at(self.stages, step)
-        steps = self._steps_in(stage)
-        if steps not in (self.steps, self.steps // 2):
+        steps = self._steps_in(stage_at(self.stages, step - 1))
+        if steps != self.steps:
             raise ValueError(
                 f"objective.stages={self.stages} and last_steps={self.last_steps} have a student of {steps} steps at "
-                f"step {step} of the training, and the run has one of {self.steps}, whose successor has "
-                f"{self.steps // 2}; change only the lengths of stages that are still to come"
+                f"step {step} of the training, and the run has one of {self.steps}; change only the lengths of stages "
+                "that are still to come"
             )
-        if steps != self.steps:
+        stage = stage_at(self.stages, step)
+        if self._steps_in(stage) != self.steps:
             self._promote(denoiser, stage)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.callbacks import progress as progress_module
 from diffusion_lit.callbacks.interval import Interval
-from diffusion_lit.callbacks.plots import _set_ticks, _smoothed, plot_run
+from diffusion_lit.callbacks.plots import _set_ticks, _smoothed, closing_words, plot_run
 from diffusion_lit.diffusion import DDIM
 from diffusion_lit.evaluation import Evaluation
 from diffusion_lit.images import to_uint8
@@ -184,6 +184,19 @@ def test_losses_and_scores_are_drawn_with_their_legends_beside_them(tmp_path: Pa
 def test_no_curves_make_no_plots(tmp_path: Path) -> None:
     assert read_curves(tmp_path) == {}
     assert plot_run(tmp_path) == []
+
+
+def test_a_run_closes_with_its_first_and_last_distances_and_the_files_that_are_there(tmp_path: Path) -> None:
+    logger = Curves(str(tmp_path))
+    for step, values in {0: [32.812], 500: [4.0, 12.25], 1500: [0.22914]}.items():
+        logger.log_metrics({"train/loss": 1.0, **dict(zip(("frechet/pixels", "fid"), values, strict=False))}, step)
+    logger.save()
+    (tmp_path / "config.yaml").touch()
+    assert closing_words(tmp_path) == [
+        "frechet/pixels: 32.81 at step 0, 0.2291 at step 1,500",
+        "fid: 12.25 at step 500",
+        str(tmp_path / "config.yaml"),
+    ]
 
 
 def test_a_smoothed_curve_is_the_mean_of_its_finite_neighbours_and_keeps_its_gaps() -> None:

@@ -281,6 +281,18 @@ def test_a_run_resumes_bit_for_bit_in_any_stage_without_its_first_teacher(
     assert int(a["objective"]["steps"]) == 1
 
 
+@pytest.mark.parametrize(("stop", "stages", "own"), [(1, (2, 2, 2, 2), 4), (3, (4, 2, 2), 2)])
+def test_stages_that_a_run_has_begun_may_not_change(
+    teacher: Path, tmp_path: Path, stop: int, stages: tuple[int, ...], own: int
+) -> None:
+    tiny.trainer(tmp_path, stop, callbacks()).fit(student(teacher), tiny.data())
+    before = tiny.last(tmp_path).read_bytes()
+    line = rf"objective\.stages=.* have a student of {2 * own} steps .* the run has one of {own}; .* still to come$"
+    with pytest.raises(ValueError, match=line):
+        tiny.trainer(tmp_path, 6, callbacks()).fit(student(teacher, stages), tiny.data(), ckpt_path="last")
+    assert tiny.last(tmp_path).read_bytes() == before
+
+
 def test_a_student_can_be_tested_without_a_teacher(teacher: Path, tmp_path: Path) -> None:
     system = student(Path("gone.ckpt"))
     losses = system.eval().losses({"image": torch.randn(4, 1, 8, 8).clamp(-1, 1)})
