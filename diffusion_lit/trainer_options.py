@@ -85,6 +85,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         if not any(type(value) is type(right) and value == right for right in allowed):
             raise ValueError(f"trainer.{name}={value!r} is not supported: {reason}")
     _check_numbers(options)
+    if options.get("profiler") == "xla":
+        raise ValueError("trainer.profiler=xla is not supported: it is a TPU's; use simple, advanced or pytorch")
     _check_machine(options)
     _check_launch(options.get("plugins") or [])
 
@@ -123,6 +125,10 @@ def _check_machine(options: Mapping[str, Any]) -> None:
         if type(count) is int and count > MOST_PROCESSES:
             raise ValueError(f"trainer.{name}={count} must be at most {MOST_PROCESSES}")
     accelerator, strategy = options.get("accelerator", "auto"), options.get("strategy", "auto")
+    devices = options.get("devices", "auto")
+    is_count = type(devices) in (int, str) and str(devices).strip().isdecimal() and int(devices) > 0
+    if _is_cpu(accelerator) and devices != "auto" and not is_count:
+        raise ValueError(f"trainer.devices={devices} must be a number of processes, at least 1, on a CPU, or auto")
     if not isinstance(accelerator, CPUAccelerator | CUDAAccelerator) and accelerator not in ACCELERATORS:
         raise ValueError(
             f"trainer.accelerator={accelerator} is not supported: a process needs float64, as CPUs and NVIDIA's GPUs "
@@ -137,6 +143,11 @@ def _check_machine(options: Mapping[str, Any]) -> None:
             f"trainer.strategy={strategy if isinstance(strategy, str) else type(strategy).__name__} is not supported: "
             "averages, checkpoints and signals need whole weights in processes of their own; use --trainer.strategy ddp"
         )
+
+
+def _is_cpu(accelerator: Any) -> bool:
+    chosen = accelerator == "cpu" or isinstance(accelerator, CPUAccelerator)
+    return chosen or (accelerator == "auto" and not CUDAAccelerator.is_available())
 
 
 def _check_launch(plugins: Any) -> None:

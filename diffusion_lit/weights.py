@@ -263,11 +263,11 @@ class Weighted(L.LightningModule, Part):
 
 
 def _require_finite(value: Any, key: str) -> None:
-    """Raises ValueError if a tensor in what training continues from is not finite."""
+    """Raises ValueError if a number in what training continues from is not finite."""
     if isinstance(value, Mapping | list):
         for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
             _require_finite(inner, f"{key}.{name}")
-    elif isinstance(value, Tensor) and not bool(value.isfinite().all()):
+    elif isinstance(value, Tensor | float) and not bool(torch.as_tensor(value).isfinite().all()):
         raise ValueError(
             f"the checkpoint's {key} is not finite: training had diverged before it was written; take an earlier "
             "checkpoint"

@@ -203,13 +203,18 @@ def spoil(value: Any) -> bool:
     return any(spoil(part) for part in inner)
 
 
-@pytest.mark.parametrize("entry", ["state_dict", "current_model_state", "averages", "optimizer_states", "objective"])
+@pytest.mark.parametrize(
+    "entry", ["state_dict", "current_model_state", "averages", "optimizer_states", "objective", "lr"]
+)
 def test_a_run_does_not_continue_from_anything_that_is_not_finite(entry: str, tmp_path: Path) -> None:
     tiny.trainer(tmp_path, 2, [EMA([0.9, 0.5]), Checkpoints()]).fit(tiny.module(), tiny.data())
     checkpoint = load(last(tmp_path))
     if entry == "objective":
         checkpoint[entry] = {"history": torch.zeros(3)}
-    assert spoil(checkpoint[entry])
+    if entry == "lr":
+        checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = float("nan")
+    else:
+        assert spoil(checkpoint[entry])
     torch.save(checkpoint, last(tmp_path))
     with pytest.raises(ValueError, match=r"(is|are) not finite.*take an earlier checkpoint"):
         tiny.trainer(tmp_path, 4, [EMA([0.9, 0.5]), Checkpoints()]).fit(tiny.module(), tiny.data(), ckpt_path="last")

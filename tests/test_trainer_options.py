@@ -46,12 +46,12 @@ REFUSED: dict[str, list[Any]] = {
     "enable_checkpointing": [False],
     "accumulate_grad_batches": [0, -1],
     "gradient_clip_val": [-1.0],
-    "profiler": ["what"],
+    "profiler": ["what", "xla"],
     "barebones": [True],
     "sync_batchnorm": [True],
     "reload_dataloaders_every_n_epochs": [1],
     "model_registry": ["name"],
-    "devices": [0],
+    "devices": [0, -1, "what", "0", [0, 0], None],
     "num_nodes": [0],
 }
 """Values that the constructor refuses."""
