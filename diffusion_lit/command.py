@@ -76,7 +76,7 @@ def parse(args: Sequence[str], names: Sequence[str]) -> Command:
             command.print_config = True
             continue
         if key.endswith(".help"):
-            command.topics = [".".join([key.removesuffix(".help"), *words[:1]])]
+            command.topics = words[:1] or [key.removesuffix(".help")]
             return command
         if not equals:
             if not words or re.match(r"--[A-Za-z]|-[a-z]$", words[0]):
@@ -179,6 +179,7 @@ def _require_arguments(tree: Any, key: str) -> None:
         part = import_part(tree["class_path"])
         known = signature(part, int(fits(part, (Optimizer, LRScheduler))))
         for name in [n for n in known.slots if n not in known.defaults and n not in arguments]:
-            raise ValueError(f"{key}.{name} is missing, which {part.__name__} needs; give --{key}.{name}")
+            option = re.sub(r"\[\d+\]", "", key)
+            raise ValueError(f"{key}.{name} is missing, which {part.__name__} needs; give --{option}.{name}")
     for name, value in arguments.items():
         _require_arguments(value, f"{key}.{name}")

@@ -68,6 +68,9 @@ def script() -> str:
 
 def main(args: Sequence[str]) -> None:
     """Prints the script."""
+    if args in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if args:
         raise ValueError(f"completion takes no options, such as {args[0]!r}")
     print(script())

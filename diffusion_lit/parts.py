@@ -249,7 +249,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _listed(value: Any) -> Any:
-    """Plain data with lists for tuples."""
+    """Plain data with lists for tuples, and texts for members of an enumeration."""
+    if isinstance(value, enum.Enum):
+        return value.value if isinstance(value, str) else value.name
     if isinstance(value, Mapping):
         return {name: _listed(inner) for name, inner in value.items()}
     return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value

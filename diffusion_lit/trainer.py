@@ -184,6 +184,8 @@ class Trainer(L.Trainer):
                 if found is None
                 else f"continuing from {found[0]}"
             )
+            if found is not None and 0 <= self.max_steps < (step := found[1].get("global_step", 0)):
+                raise ValueError(f"{found[0]} is of step {step}, beyond trainer.max_steps={self.max_steps}; raise it")
             return found
         checkpoint = None if ckpt_path is None else read_checkpoint(ckpt_path)
         if self.is_global_zero and has_run(run_dir) and (ckpt_path is None or run_of(ckpt_path) != run_dir.resolve()):

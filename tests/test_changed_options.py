@@ -375,6 +375,7 @@ def test_a_cosine_after_a_warm_up_stays_at_its_end_too() -> None:
         (ReduceLROnPlateau, {}, "model.lr_scheduler: ReduceLROnPlateau follows a score"),
         (StepLR, {"step_size": 2, "last_epoch": 5}, "model.lr_scheduler: last_epoch must be -1"),
         (CosineAnnealingLR, {"T_max": 0}, "model.lr_scheduler"),
+        (OneCycleLR, {"max_lr": 0.1, "total_steps": 1}, "model.lr_scheduler: OneCycleLR ends after 1 steps"),
     ],
 )
 def test_a_schedule_that_cannot_be_advanced_is_refused(

@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from diffusion_lit import cli
 from diffusion_lit.checkpoint import load_model
@@ -260,6 +265,23 @@ def test_a_list_of_parts_can_be_given_appended_to_and_completed() -> None:
     assert part({"x": second}, "x")[0] == "LearningRateMonitor"
 
 
+def test_the_defaults_of_every_part_of_lightning_and_torch_are_plain_data() -> None:
+    found = [*candidates((Callback,)).values(), *candidates((Logger,)).values(), Timer]
+    for kind in (*found, *candidates((Optimizer,)).values(), *candidates((LRScheduler,)).values()):
+        yaml.safe_dump(dict(signature(kind, 1).defaults))
+    timer = ["--trainer.callbacks+", "lightning.pytorch.callbacks.Timer", "--trainer.callbacks.duration", "00:01:00:00"]
+    [made] = tree("fit", "-c", "digits", *timer)["trainer"]["callbacks"]
+    assert part(made)[1]["interval"] == "step"
+
+
+def test_what_a_part_in_a_list_lacks_is_asked_for_by_an_option_that_there_is() -> None:
+    callbacks = ["--trainer.callbacks+", "LearningRateMonitor", "--trainer.callbacks+", "GradientAccumulationScheduler"]
+    line = r"trainer\.callbacks\[1\]\.scheduling is missing, .* give --trainer\.callbacks\.scheduling$"
+    with pytest.raises(ValueError, match=line):
+        require(tree("fit", "-c", "digits", *callbacks), FIT)
+    require(tree("fit", "-c", "digits", *callbacks, "--trainer.callbacks.scheduling", "{0: 2}"), FIT)
+
+
 @pytest.mark.parametrize("name", ["CSVLogger", "Curves", "WandB"])
 def test_loggers_work_by_name_and_write_to_the_run(name: str) -> None:
     made = tree("fit", "-c", "digits", "--trainer.logger", name)["trainer"]
@@ -434,6 +456,15 @@ def test_help_fits_a_screen_and_says_what_there_is(topics: list[str], parts: lis
     assert [word for word in parts if word not in text] == []
     assert text.count("\n") <= 60
     assert max(map(len, text.splitlines())) <= 110
+
+
+def test_help_on_a_class_may_be_asked_for_as_lightning_has_it() -> None:
+    def shown(*words: str) -> str:
+        return cli.help_on(cli.parse(["fit", *words], ["fit"]))
+
+    assert shown("--model.help", "DiffusionModule") == shown("--help", "DiffusionModule")
+    assert shown("--model.sampler.help", "DDIM") == shown("--help", "DDIM")
+    assert shown("--model.sampler.help") == shown("--help", "model.sampler")
 
 
 def test_help_about_nothing_names_the_nearest() -> None:

@@ -120,6 +120,10 @@ def test_a_checkpoint_without_steps_left_is_refused_with_a_remedy(tmp_path: Path
     tiny.trainer(tmp_path, 2).fit(tiny.module(), tiny.data())
     with pytest.raises(ValueError, match=r"is of step 2, and trainer\.max_steps=2 leaves none.*--init_from"):
         tiny.trainer(tmp_path, 2).fit(tiny.module(), tiny.data(), ckpt_path=str(tiny.last(tmp_path)))
+    with pytest.raises(ValueError, match=r"is of step 2, beyond trainer\.max_steps=1; raise"):
+        tiny.trainer(tmp_path, 1).fit(tiny.module(), tiny.data(), ckpt_path="last")
+    # A job that is submitted again after its end has nothing to do.
+    tiny.trainer(tmp_path, 2).fit(tiny.module(), tiny.data(), ckpt_path="last")
 
 
 def test_a_checkpoint_of_another_run_does_not_continue_in_a_directory_that_holds_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from diffusion_lit.optimization import TORCH_ERRORS, HeldCosine, named_errors, schedule_key, schedules
 from diffusion_lit.parts import import_part, path_of
@@ -75,6 +75,11 @@ class ChangedOptions(L.Callback):
         keys = optimizer_keys(pl_module, len(trainer.optimizers))
         for key, (_, scheduler) in zip(keys, _made(trainer), strict=True):
             for inner in schedules(scheduler):
+                if isinstance(inner, OneCycleLR) and not 0 <= trainer.max_steps <= inner.total_steps:
+                    raise ValueError(
+                        f"model.{schedule_key(key)}: OneCycleLR ends after {inner.total_steps} steps, and "
+                        f"trainer.max_steps={trainer.max_steps} is more; make them agree"
+                    )
                 if isinstance(inner, HeldCosine) and 0 <= inner.T_max < trainer.max_steps:
                     rank_zero_info(
                         f"model.{schedule_key(key)}.T_max={inner.T_max}: from that step to "
