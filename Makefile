@@ -34,7 +34,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks demo-text demo-steering train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-slow lint format clean
+.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks demo-text demo-steering train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-further test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -210,11 +210,16 @@ bench-precision: $(READY) ## compare what bf16 learns with what float32 learns, 
 bench-modes: $(READY) ## compare a denoising diffusion GAN with a GAN and DDPM on 25 Gaussians: minutes on a CPU
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.modes $(ARGS)
 
+TEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY) ## run the tests in WORKERS=2 processes; ARGS=--cov measures the coverage of lines
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(TEST) $(ARGS)
+
+test-further: $(READY) ## run further cases of what the tests try
+	$(TEST) -m further $(ARGS)
 
 test-slow: $(READY) ## run the long tests: kills, fuzzing, soak
-	$(BIN)/pytest -m slow $(ARGS)
+	$(TEST) -m slow $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ os.environ["WANDB_MODE"] = "disabled"
 # LightningCLI 2.6 calls what jsonargparse 4.5x deprecates.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
+from collections import defaultdict
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -16,6 +17,22 @@ import torch
 from tests import forked
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked `few(n)`, all but n, evenly spread, are further ones."""
+    tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        mark = cases[0].get_closest_marker("few")
+        count = mark.args[0] if mark else 0
+        quick = [cases[len(cases) * i // count] for i in range(count)]
+        for case in cases:
+            if case not in quick:
+                case.add_marker(pytest.mark.further)
 
 
 @pytest.hookimpl(wrapper=True)

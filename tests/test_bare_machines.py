@@ -64,9 +64,8 @@ def test_too_little_address_space_is_one_line(repository: Path, command: str, li
     assert "ulimit -v unlimited" in line
 
 
-@pytest.mark.parametrize(
-    "home", ["/dev/null", *(pytest.param(home, marks=pytest.mark.slow) for home in (None, "/nowhere", ""))]
-)
+@pytest.mark.further
+@pytest.mark.parametrize("home", ["/dev/null", None, "/nowhere", ""])
 def test_a_home_that_is_not_there_does_not_matter(repository: Path, tmp_path: Path, home: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "HOME"}
     environment |= {"PYTHONPATH": str(repository), **({} if home is None else {"HOME": home})}
@@ -93,6 +92,7 @@ def test_the_digits_train_and_wandb_stays_offline(tmp_path: Path, bare: Bare) ->
     assert (tmp_path / "run" / tiny.CURVES).is_file()
 
 
+@pytest.mark.further
 def test_workers_without_shared_memory_are_refused_by_name(tmp_path: Path, bare: Bare) -> None:
     code, said = bare(fit_args(tmp_path / "run", *folder(tmp_path / "images"), "--data.batch_size", "4"))
     assert code == 2

@@ -120,6 +120,7 @@ def test_the_share_of_the_frozen_encoder_is_told_beside_a_step_without_it(
         latents.main(["--config", str(repository / "configs" / "digits.yaml")])
 
 
+@pytest.mark.further
 def test_a_teacher_and_an_averaged_target_hold_a_network_each(tmp_path: Path) -> None:
     teacher = systems.teacher(tmp_path)
     pairs = Neighbors(Fixed(6))

@@ -159,6 +159,7 @@ CHANGES: dict[str, tuple[tuple[Any, Any], dict[str, Any], Rate, list[str]]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_options_win_and_are_printed(
     begun: tuple[str, Path], change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -196,6 +197,7 @@ def without_record(run_dir: Path, *entries: str) -> None:
     torch.save({name: value for name, value in checkpoint.items() if name not in entries}, tiny.last(run_dir))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("change", ["lr", "betas", "T_max", "another schedule", "no schedule"])
 def test_they_win_too_where_a_checkpoint_does_not_say_how_its_optimisers_were_made(
     begun: tuple[str, Path], change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -219,6 +221,7 @@ def test_they_win_too_where_a_checkpoint_does_not_say_how_its_optimisers_were_ma
     assert {key: group[key] for key in settings if key != "lr"} == {k: v for k, v in settings.items() if k != "lr"}
 
 
+@pytest.mark.few(1)
 def test_without_such_a_record_unchanged_options_change_nothing(
     begun: tuple[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -269,6 +272,7 @@ def test_every_argument_that_only_the_beginning_reads_exists() -> None:
         assert part.only_at_start
 
 
+@pytest.mark.few(2)
 def test_unchanged_options_change_nothing(
     begun: tuple[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -342,6 +346,7 @@ def test_a_schedule_that_cycles_betas_leaves_none_behind(tmp_path: Path) -> None
     assert group.keys() < cycled.keys()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("eta_min", [0.0, 1e-4])
 def test_a_cosine_stays_at_its_end(tmp_path: Path, eta_min: float, caplog: pytest.LogCaptureFixture) -> None:
     options = make(arguments={"T_max": 3, "eta_min": eta_min})

@@ -112,6 +112,7 @@ def test_the_configuration_file_of_a_run_makes_the_same_run_again(run_dir: Path,
     assert tiny.identical(first["config"], again["config"])
 
 
+@pytest.mark.further
 def test_a_run_goes_on_from_its_last_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     same = [*QUIET, *AVERAGES, "--evaluation.every_n_steps", "null"]
@@ -123,6 +124,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(run_dir: Path, tmp_path: Path) -
         assert tiny.identical(a[name], b[name])
 
 
+@pytest.mark.further
 def test_another_seed_makes_another_run(run_dir: Path, tmp_path: Path) -> None:
     cli.main(fit_args(tmp_path / "run", *QUIET, *AVERAGES, "--seed_everything", "1"))
     a, b = (load(last_checkpoint(place))["current_model_state"] for place in (run_dir, tmp_path / "run"))
@@ -199,6 +201,7 @@ def test_weights_can_be_chosen_by_name(checkpoint: str, tmp_path: Path) -> None:
 # Bad input
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -301,6 +304,7 @@ def test_a_run_that_cannot_go_on_keeps_its_checkpoint(
     assert Path(checkpoint).read_bytes() == before
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -645,6 +649,7 @@ def test_a_user_s_error_is_one_line_and_one_of_ours_keeps_its_traceback(
     assert said.count("\n") == 1 or code == 1
 
 
+@pytest.mark.further
 def test_images_of_two_predictions_never_mix(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -686,12 +691,14 @@ def test_samples_go_into_no_folder_of_other_files_and_the_empty_one_that_one_sta
     assert (tmp_path / "empty_grid.png").is_file()
 
 
+@pytest.mark.further
 def test_a_run_s_configuration_serves_for_another_run(run_dir: Path, tmp_path: Path) -> None:
     cli.main(["fit", "-c", str(run_dir / "config.yaml"), *CPU, "--trainer.default_root_dir", str(tmp_path / "other")])
     assert (tmp_path / "other" / "config.yaml").is_file()
     assert (tmp_path / "other" / "metrics.jsonl").is_file()
 
 
+@pytest.mark.further
 def test_a_changed_option_wins_on_resuming_and_another_optimiser_leaves_everything_as_it_was(
     refused: Callable[[list[str]], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

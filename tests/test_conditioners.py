@@ -334,6 +334,7 @@ def test_an_image_depends_on_the_seed_its_number_and_its_condition_alone(task: s
     assert not torch.allclose(six, turned)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_resumed_run_is_bit_exact(task: str, tmp_path: Path) -> None:
     make, concat, source = TASKS[task]
@@ -357,6 +358,7 @@ def generate(place: Path, **kwargs: Any) -> None:
     trainer.predict(tiny.module(), data, num_images=6, batch_size=2, out=out, edit=Replacement(2))
 
 
+@pytest.mark.further
 def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
     """The sampler's own noise, that of the condition and that of replacement come from the image's number."""
     for name, call in (

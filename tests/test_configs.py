@@ -46,7 +46,25 @@ def test_there_is_a_recipe_for_everything_promised() -> None:
     assert {"digits", "cifar10", "lsun_church", "lsun_bedroom", "lsun_cat", "folder"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *CLASSIFIERS])
+ALL = [*RECIPES, *CLASSIFIERS]
+COMPARED = (
+    "cd_[!d]*",
+    "ct_[!d]*",
+    "edm_[!d]*",
+    "ict_*",
+    "ldm_*",
+    "kl_*",
+    "vq_*",
+    "adm_upsampler_*",
+    "lsun_*",
+    "txt2img",
+    "anoddpm",
+)
+"""Families of recipes that other tests make too, and compare with their papers."""
+
+
+@pytest.mark.few(15)
+@pytest.mark.parametrize("recipe", ALL)
 def test_every_recipe_instantiates_without_touching_data(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate(recipe, monkeypatch)
     assert made.datamodule.image_shape == made.model.image_shape
@@ -97,6 +115,7 @@ PAPER = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("recipe", PAPER)
 def test_a_paper_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, batch, rate, steps, dropout, flip = PAPER[recipe]
@@ -151,6 +170,7 @@ PAPER_AUTOENCODERS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("recipe", PAPER_AUTOENCODERS)
 def test_an_autoencoder_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, batch, steps, start, weight, layers_ = PAPER_AUTOENCODERS[recipe]
@@ -185,6 +205,7 @@ PAPER_CLASSIFIERS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("recipe", PAPER_CLASSIFIERS)
 def test_a_classifier_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, batch, rate, decay, steps = PAPER_CLASSIFIERS[recipe]
@@ -207,6 +228,7 @@ def test_a_classifier_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeyp
     assert scheduler.total_iters == steps
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("recipe", GUIDED)
 def test_a_sampling_recipe_guides_its_model_by_the_classifier_of_its_training_recipe(
     recipe: str, monkeypatch: pytest.MonkeyPatch
@@ -262,6 +284,7 @@ def test_a_sampling_recipe_guides_the_model_of_texts_by_the_towers_of_their_trai
     guidance.check(made.model.denoiser, made.model.conditioner)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("recipe", "rate", "warmup"), [("cifar10", 2e-4, 5000), ("lsun_cat", 2e-5, 5000), ("folder", 1e-4, 1000)]
 )

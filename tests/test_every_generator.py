@@ -79,6 +79,7 @@ def assert_same(whole: Path, parts: Path) -> None:
     assert [scores[0][step] for step in (2, 4, 6)] == [scores[1][step] for step in (2, 4, 6)]
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_run_in_two_parts_ends_as_one_in_one_bit_for_bit(
     make: Callable[[], Generator], whole: Path, tmp_path: Path, stop: int
@@ -88,6 +89,7 @@ def test_a_run_in_two_parts_ends_as_one_in_one_bit_for_bit(
     assert_same(whole, tmp_path)
 
 
+@pytest.mark.few(4)
 def test_a_run_killed_between_two_file_operations_ends_as_one_that_was_not(
     make: Callable[[], Generator], whole: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +105,7 @@ def test_a_run_killed_between_two_file_operations_ends_as_one_that_was_not(
     assert_same(whole, tmp_path)
 
 
+@pytest.mark.few(4)
 def test_two_processes_hold_the_same_weights_and_resume_bit_for_bit(
     make: Callable[[], Generator], tmp_path: Path
 ) -> None:

@@ -42,10 +42,10 @@ def close(a: Any, b: Any) -> None:
             torch.testing.assert_close(value, b[part][name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_a_run_is_the_same_however_the_network_is_run_and_goes_on_in_another_way(
-    tmp_path: Path, switches: dict[str, Any]
-) -> None:
+@pytest.mark.few(1)
+@pytest.mark.parametrize("way", SWITCHES)
+def test_a_run_is_the_same_however_the_network_is_run_and_goes_on_in_another_way(tmp_path: Path, way: str) -> None:
+    switches = SWITCHES[way]
     train(tmp_path / "plain", 4)
     plain = tiny.load(tiny.last(tmp_path / "plain"))
     assert not any("orig_mod" in name for name in plain["state_dict"])

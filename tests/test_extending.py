@@ -76,6 +76,7 @@ def finish(run: Callable[[], object], place: Path, monkeypatch: pytest.MonkeyPat
     assert code == 0, output.read_text()[-3000:]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("section", [name for name, text in SECTIONS.items() if commands(text)])
 def test_the_files_and_commands_of_a_section_work_in_an_empty_directory(
     section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,6 +189,7 @@ def timeless(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "train/images_per_s"} for r in read_records(run / METRICS)]
 
 
+@pytest.mark.further
 def test_one_process_and_two_predict_the_same_images_and_test_repeats_the_score(
     gan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def test_the_command_line_takes_the_model_that_python_made(place: Path, monkeypa
     assert len(list((place / "runs" / "mine" / "predictions" / "last_seed_0").iterdir())) == 4
 
 
+@pytest.mark.further
 def test_a_plain_data_module_crops_at_random(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(names: dict[str, object]) -> None:
         assert load_model("pictures.ckpt").image_shape == (3, 64, 64)
@@ -104,6 +105,7 @@ def test_a_plain_data_module_crops_at_random(place: Path, monkeypatch: pytest.Mo
     run_python("Train on a LightningDataModule of your own", place, monkeypatch, check)
 
 
+@pytest.mark.further
 def test_a_folder_is_trained_on_by_class(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit, labels, by_class = commands(SECTIONS["Train by class on a folder of pictures"])
     finish(in_place([*fit, *QUIET, *SMALL]), place, monkeypatch)
@@ -119,6 +121,7 @@ def test_a_folder_is_trained_on_by_class(place: Path, monkeypatch: pytest.Monkey
         assert shown == expected
 
 
+@pytest.mark.further
 def test_a_share_of_a_folder_is_validated_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [words] = commands(SECTIONS["Keep a share of a folder for validation"])
     finish(in_place([*words, *QUIET, *SMALL]), place, monkeypatch)
@@ -150,6 +153,7 @@ def test_a_picture_is_changed_from_part_way(place: Path, monkeypatch: pytest.Mon
     assert (place / "edited.png").is_file()
 
 
+@pytest.mark.further
 def test_lightning_s_callbacks_see_the_scores(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = SECTIONS["Stop early, and keep what scores best"]
     save_files(short(section), place)

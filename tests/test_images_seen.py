@@ -13,6 +13,7 @@ from tests import tiny
 from tests.tiny import last, load
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ramp_up", [0.5, None])
 def test_an_average_by_half_life_forgets_half_in_so_many_images(tmp_path: Path, ramp_up: float | None) -> None:
     recorder, model = tiny.Recorder(), tiny.module()

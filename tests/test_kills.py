@@ -199,6 +199,7 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache_of_kills"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_run_killed_a_few_times_ends_as_the_uninterrupted_one(
     tmp_path: Path, uninterrupted: Callable[[str], Path], name: str

@@ -29,6 +29,7 @@ STAGES = {"ldm_church": 83_653_863, "ldm_imagenet_f8": 67_717_295}
 LAST_ALPHA_BAR = {0.0195: 1.42304e-4, 0.0155: 6.68665e-4, 0.0205: 9.69109e-5}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("recipe", PAPER)
 def test_a_recipe_of_latent_diffusion_is_the_paper_s(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, latents, codes, batch, rate, steps, last_beta, error, sampling, eta = PAPER[recipe]
@@ -59,11 +60,13 @@ def test_a_recipe_of_latent_diffusion_is_the_paper_s(recipe: str, monkeypatch: p
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} <= {0.0}
 
 
+@pytest.mark.further
 def test_the_churches_warm_up_over_10_000_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     found = rates(instantiate("ldm_church", monkeypatch).model, [0, 4999, 9999, 10_050])
     assert found == pytest.approx([5e-9, 2.5e-5, 5e-5, 5e-5])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("recipe", "parameters"), [("ldm_imagenet_f8", 512_000), ("ldm_imagenet_f4", 512_512)])
 def test_the_recipes_by_class_have_the_published_embeddings(
     recipe: str, parameters: int, monkeypatch: pytest.MonkeyPatch
@@ -87,6 +90,7 @@ def operations(run: Callable[[], Tensor], trains: bool = True) -> int:
     return int(counter.get_total_flops())
 
 
+@pytest.mark.further
 def test_the_pixel_model_of_the_demo_is_trained_with_as_many_operations_as_both_stages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

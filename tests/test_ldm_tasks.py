@@ -26,6 +26,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_has_the_published_numbers(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unet, conditioner, batch, beta = PUBLISHED[recipe]

@@ -36,7 +36,10 @@ def run_in_two(place: Path, *faults: FailsAt, pair: bool = False, patience: floa
     return [path.read_text() if path.exists() else "" for path in (place / "0", place / "1")]
 
 
-@pytest.mark.parametrize(("rank", "kept", "pair"), [(0, None, False), (1, 3, True)])
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("rank", "kept", "pair"), [(1, 3, True), pytest.param(0, None, False, marks=pytest.mark.further)]
+)
 def test_when_one_process_fails_the_other_ends_and_the_first_keeps_its_newest_whole_step(
     tmp_path: Path, rank: int, kept: int | None, pair: bool
 ) -> None:
@@ -88,6 +91,7 @@ def run_both(args: list[str], output: Path, patience: float = 60) -> tuple[int, 
     return code, lines
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_process_fails_its_own_error_comes_first(tmp_path: Path, rank: int) -> None:
     from tests.test_cli import CPU, QUIET, fit_args
@@ -99,6 +103,7 @@ def test_when_one_process_fails_its_own_error_comes_first(tmp_path: Path, rank: 
     assert lines[1].startswith(f"diffusion_lit: error: rank {1 - rank}: another process has failed or does not answer")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_process_that_is_lost_at_the_end_of_sampling_is_not_waited_for(tmp_path: Path, hangs: bool) -> None:
     from diffusion_lit import cli

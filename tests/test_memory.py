@@ -107,6 +107,7 @@ def test_scores_survive_it_too(tmp_path: Path) -> None:
         assert score(Hungry(2), tmp_path / "small") == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.further
 def test_the_likelihood_survives_it_too(tmp_path: Path) -> None:
     def bound(limit: int, place: Path) -> dict[str, float]:
         network = Small(100, labels=True)

@@ -69,6 +69,7 @@ class States(L.Callback):
         self.kept.append([weights, averages, optimizer, pl_module.averages.num_updates, pl_module.objective.seen])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("image", [5, None])
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_a_step_with_non_finite_gradients_changes_nothing_and_is_counted(
@@ -203,6 +204,7 @@ def spoil(value: Any) -> bool:
     return any(spoil(part) for part in inner)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "entry", ["state_dict", "current_model_state", "averages", "optimizer_states", "objective", "lr"]
 )

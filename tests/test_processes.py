@@ -4,12 +4,8 @@ Scenarios run here with one process and, all in one go, in two processes of thei
 and the tests compare.
 """
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,33 +29,21 @@ from diffusion_lit.records import RESULTS, read_records
 from diffusion_lit.requests import Requests
 from diffusion_lit.system import System
 from diffusion_lit.types import Batch, Condition
-from tests import tiny
+from tests import forked, tiny
 from tests.tiny import curves, identical, last, load
-
-REPOSITORY = Path(__file__).parent.parent
-TIMEOUT = 120
 
 
 def two_processes(place: Path) -> None:
     """Runs all scenarios in two processes; both end here, come what may."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.test_processes", str(place)],
-        env=environment,
-        cwd=place,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == 0, output[-4000:]
+
+    def run() -> None:
+        for scenario in SCENARIOS:
+            folder = place / scenario.__name__
+            folder.mkdir(exist_ok=True)
+            scenario(2, folder)
+
+    output = place / "output.txt"
+    assert forked.wait(forked.fork(lambda: forked.in_two(run), output)) == 0, output.read_text()[-4000:]
 
 
 def trainer(count: int, place: Path, max_steps: int, callbacks: list[L.Callback], **kwargs: Any) -> Any:
@@ -516,11 +500,3 @@ def test_sampling_leaves_modes_and_gradients_as_they_were() -> None:
     assert not model.denoiser.network.conv_in.training  # type: ignore[union-attr]
     assert not image.requires_grad
     assert torch.equal(to_uint8(image), to_uint8(model.eval().sample([0])))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for scenario in SCENARIOS:
-        folder = Path(sys.argv[1]) / scenario.__name__
-        folder.mkdir(exist_ok=True)
-        scenario(2, folder)

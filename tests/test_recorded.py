@@ -83,6 +83,7 @@ def agrees(recorded: Any, resolved: Any) -> bool:
     return recorded == resolved or resolved is None or (recorded == {} and resolved is MISSING)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("recipe", VARIOUS)
 def test_parts_say_what_the_command_line_made_them_of(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate(recipe, monkeypatch)
@@ -204,6 +205,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.further
 def test_a_class_of_a_script_is_recorded_by_the_script_s_name(tmp_path: Path) -> None:
     (tmp_path / "my_training.py").write_text(SCRIPT)
     done = subprocess.run(

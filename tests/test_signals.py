@@ -48,9 +48,11 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("slurm", [False, True])
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda v: str(v)
+    ("signum", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)],
 )
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(
     tmp_path: Path, signum: signal.Signals, code: int, slurm: bool, monkeypatch: pytest.MonkeyPatch

@@ -92,6 +92,7 @@ def test_on_a_full_disk_nothing_is_damaged_and_what_was_not_saved_is_said(tmp_pa
     assert steps == whole
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_training_continues(
     tmp_path: Path, rank: int
@@ -126,6 +127,7 @@ def test_of_two_processes_the_one_without_room_ends_a_score_for_both_and_trainin
     assert load(last(place))["global_step"] == 6
 
 
+@pytest.mark.further
 def test_where_the_run_s_directory_is_gone_training_continues_and_writes_again_when_it_can(tmp_path: Path) -> None:
     place, moved = tmp_path / "run", tmp_path / "moved"
 

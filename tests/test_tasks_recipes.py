@@ -40,6 +40,7 @@ def test_an_upsampler_s_recipe_is_the_paper_s_to_the_number(recipe: str, monkeyp
     assert of(model.conditioner, LowResolution).augmentation is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("recipe", "entries"), [("superresolution_digits", ("low_res",)), ("inpainting_digits", ("image", "mask"))]
 )

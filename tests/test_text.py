@@ -91,6 +91,7 @@ def test_encoder_and_network_learn_and_are_averaged(tmp_path: Path) -> None:
     assert system.num_classes is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_run_in_two_parts_ends_as_one_in_one_bit_for_bit(tmp_path: Path, stop: int) -> None:
     run(tmp_path / "whole")
@@ -99,6 +100,7 @@ def test_a_run_in_two_parts_ends_as_one_in_one_bit_for_bit(tmp_path: Path, stop:
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.further
 def test_two_processes_learn_one_vocabulary_and_hold_the_same_weights(tmp_path: Path) -> None:
     def train() -> None:
         for name, stops in (("whole", [STEPS]), ("parts", [3, STEPS])):
@@ -143,6 +145,7 @@ def test_a_checkpoint_carries_the_vocabulary(trained: Path, tmp_path: Path) -> N
     assert torch.equal(other.sample(range(3), condition=given), system.sample(range(3), condition=given))
 
 
+@pytest.mark.further
 def test_a_new_run_from_trained_weights_keeps_their_vocabulary(trained: Path, tmp_path: Path) -> None:
     class Few(CaptionedDigits):
         def load(self, split: Any) -> Any:

@@ -23,6 +23,7 @@ def test_the_text_to_image_model_has_the_published_size(monkeypatch: pytest.Monk
     assert abs(float(alpha**2) - 4.66010e-3) < 1e-7
 
 
+@pytest.mark.further
 def test_the_recipe_of_the_digits_fits_its_captions() -> None:
     made = cli.CLI.parts(["fit", "-c", "text_digits", "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
     conditioner = made.model.conditioner

@@ -90,6 +90,7 @@ def test_files_that_hold_no_vocabulary_are_refused(tmp_path: Path) -> None:
 ENDLESS = {"type": "Replace", "pattern": {"Regex": "(a|aa)+$"}, "content": ""}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "change",
     [

@@ -188,6 +188,17 @@ def test_a_refused_value_is_named_with_its_option(name: str, value: Any, tmp_pat
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_options_that_work_change_nothing_together_and_continue_exactly(tmp_path: Path, plain: dict[str, Any]) -> None:
+    together: dict[str, Any] = {}
+    for name, options in SAME.items():
+        # One of the two, of which Lightning warns.
+        together |= {} if name == "benchmark" else options
+    for steps in (CUT, END):
+        fit(tmp_path, steps, **{**together, "logger": tiny.logger(tmp_path)})
+    assert differ(plain, tiny.load(tiny.last(tmp_path))) == []
+
+
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", SAME)
 def test_an_option_that_works_changes_nothing_and_continues_exactly(
     name: str, tmp_path: Path, plain: dict[str, Any]
@@ -197,6 +208,7 @@ def test_an_option_that_works_changes_nothing_and_continues_exactly(
     assert differ(plain, tiny.load(tiny.last(tmp_path))) == []
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", OTHER)
 def test_an_option_that_changes_what_is_learnt_continues_exactly(
     name: str, tmp_path: Path, plain: dict[str, Any]
@@ -221,6 +233,7 @@ def test_a_refused_callback_is_named(name: str, make: Callable[[], L.Callback], 
     assert len(str(refusal.value)) < 400
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_callback_that_works_changes_nothing_and_continues_exactly(
     name: str, tmp_path: Path, plain: dict[str, Any]

@@ -60,6 +60,7 @@ class FailAt(L.Callback):
 # Resuming
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, accumulate: int) -> None:
     def callbacks() -> list[L.Callback]:
@@ -92,6 +93,7 @@ def test_of_runs_continued_from_one_file_in_one_process_none_changes_what_the_ne
     assert same_state(*ends)
 
 
+@pytest.mark.further
 def test_a_run_resumes_exactly_across_the_end_of_an_epoch(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     data = {"batch_size": 500}
@@ -116,6 +118,7 @@ HOOKS = [
 """Where a run of two batches per step fails, at which call, and the step that it keeps."""
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("hook", "call", "kept"), HOOKS)
 def test_a_failed_run_keeps_its_newest_whole_step_and_resumes_exactly(
     tmp_path: Path, hook: str, call: int, kept: int | None
@@ -301,6 +304,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_every_stage_but_fit_takes_the_weights_asked_for(run_dir: Path, tmp_path: Path, stage: str) -> None:
     checkpoint = load(last(run_dir))
@@ -380,6 +384,7 @@ def test_training_works_without_averages(tmp_path: Path) -> None:
 # Steps
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("parameterization", [Eps(), X0(), V(), PosteriorMean()], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("weighting", [Simple(), Variational(), MinSNR()], ids=lambda w: type(w).__name__)
 def test_every_parameterization_trains_two_batches_under_every_weighting(

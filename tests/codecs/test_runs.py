@@ -111,6 +111,7 @@ def test_the_model_s_checkpoint_alone_makes_the_same_images(stage: Path, tmp_pat
     assert torch.equal(load_model(tiny.last(tmp_path / "run"), DiffusionModule).sample([0, 5]), expected)
 
 
+@pytest.mark.few(1)
 def test_a_run_that_was_stopped_continues_bit_for_bit_without_the_file(stage: Path, tmp_path: Path) -> None:
     def model(path: Path | None) -> DiffusionModule:
         return latent_model(codec(path, **({} if path else {"network": autoencoder(kind)})))
@@ -154,6 +155,7 @@ def test_another_scale_than_that_of_the_checkpoint_is_refused(kl: Path, tmp_path
     assert "codec.scale=0.18215: the model was trained with [" in found
 
 
+@pytest.mark.further
 def test_two_processes_find_the_same_scale_and_learn_what_one_learns(kl: Path, tmp_path: Path) -> None:
     def run(name: str, **options: Any) -> Callable[[], None]:
         def fit() -> None:
@@ -202,6 +204,7 @@ def run_options(place: Path) -> list[str]:
     return [*run.split(), "--model.codec.checkpoint", str(last_checkpoint(place / "stage"))]
 
 
+@pytest.mark.further
 def test_what_a_run_found_out_is_no_change_of_its_options(
     runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -260,6 +263,7 @@ def test_images_are_predicted_and_scored_from_the_checkpoint_without_the_autoenc
     assert model.sample([0], sampler=DDIM(2, clip=False)).shape == (1, 1, 8, 8)
 
 
+@pytest.mark.further
 def test_a_table_of_samplers_is_made_of_latents_without_clipping(runs: Path, tmp_path: Path) -> None:
     options = "--evaluation.table SamplerTable --evaluation.table.evaluations [2] --evaluation.table.clip false"
     where = ["--trainer.default_root_dir", str(tmp_path)]

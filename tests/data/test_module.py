@@ -162,6 +162,7 @@ def test_validation_in_a_fit_holds_every_image_once_as_it_is() -> None:
     assert sorted(module.validated) == list(range(17))
 
 
+@pytest.mark.further
 def test_two_processes_together_train_on_the_batches_of_one_and_validate_every_image_once(
     tmp_path: Path,
 ) -> None:

@@ -76,6 +76,7 @@ def test_validation_batches_and_examples_have_those_of_the_image_itself(images: 
         assert_close_to_half(batch["moments"], codec.moments(batch["image"]))
 
 
+@pytest.mark.few(1)
 def test_training_from_moments_is_training_from_images_without_the_encoder(
     images: Path, stage: Path, tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_first_stage_of_other_images_is_refused(images: Path, tmp_path: Path) 
 # The command
 
 
+@pytest.mark.few(1)
 def test_one_command_stores_images_and_moments_and_says_how_they_are_used(
     stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

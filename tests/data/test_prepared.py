@@ -183,6 +183,7 @@ def write_half(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.further
 def test_the_unfinished_file_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
     out = tmp_path / "digits.images"
     part = abandoned(out)

@@ -128,6 +128,7 @@ def test_times_that_coincide_are_refused() -> None:
         Trailing()(0, VariancePreserving())
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("num_steps", [7, 1000])
 @pytest.mark.parametrize("grid", GRIDS, ids=named)
 def test_a_grid_of_s_steps_has_exactly_s_distinct_entries(grid: Grid, num_steps: int) -> None:

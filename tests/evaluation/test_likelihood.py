@@ -71,6 +71,7 @@ def test_bits_per_dim_are_the_bounds_mean_with_parts_that_add_up(tmp_path: Path)
     assert (tmp_path / "bits_per_dim_train.png").is_file()
 
 
+@pytest.mark.further
 def test_a_strided_estimate_evaluates_fewer_terms_and_is_near(tmp_path: Path) -> None:
     model = tiny.module(process=DiscreteProcess(40))
     records = [

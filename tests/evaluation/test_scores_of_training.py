@@ -184,6 +184,7 @@ def in_two(tmp_path: Path, run: Any) -> str:
     return output.read_text()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("num_images", [22, 3])
 def test_two_processes_score_what_one_scores_also_where_one_has_nothing_to_do(tmp_path: Path, num_images: int) -> None:
     scores: list[Score] = [FrechetDistance(), PrecisionRecall(1)]
@@ -200,6 +201,7 @@ def test_two_processes_score_what_one_scores_also_where_one_has_nothing_to_do(tm
         assert two["scores"][name] == pytest.approx(value, rel=1e-9), name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_where_images_of_one_process_are_not_finite_both_leave_the_score_out(tmp_path: Path, rank: int) -> None:
     sampler = Broken(2)

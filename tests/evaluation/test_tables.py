@@ -129,6 +129,7 @@ def test_published_values_stand_only_beside_their_own_data_features_process_and_
         assert found == same, name
 
 
+@pytest.mark.further
 def test_where_published_values_apply_they_stand_in_brackets_with_their_source(checkpoint: Path) -> None:
     class Always(DDIMTable):
         def compares(self, *_: Any) -> bool:
@@ -141,6 +142,7 @@ def test_where_published_values_apply_they_stand_in_brackets_with_their_source(c
     assert "In brackets the FID that Song et al. 2021 published for cifar10" in text
 
 
+@pytest.mark.further
 def test_every_sampler_is_scored_with_no_more_evaluations_than_its_column_says(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
     rows = fill(checkpoint, SamplerTable([2, 5]))
@@ -161,6 +163,7 @@ def test_every_sampler_is_scored_with_no_more_evaluations_than_its_column_says(c
     assert [record["evaluations"] for record in read_records(run / RESULTS)[len(rows) :]] == [3]
 
 
+@pytest.mark.further
 def test_averages_and_steps_have_tables_too(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
     rows = fill(checkpoint, AverageTable())
@@ -176,6 +179,7 @@ def test_averages_and_steps_have_tables_too(checkpoint: Path) -> None:
     assert {"table_averages.png", "table_steps.png"} <= {path.name for path in run.iterdir()}
 
 
+@pytest.mark.further
 def test_what_comes_after_a_table_of_other_weights_sees_the_checkpoints_own(checkpoint: Path, tmp_path: Path) -> None:
     def bound(place: Path, more: bool) -> dict[str, float]:
         likelihood = Likelihood("train", num_images=4, num_terms=3)
@@ -208,6 +212,7 @@ def test_a_table_says_how_many_cells_are_left_and_how_long_they_take(
     assert re.fullmatch(r"table ddim: 0, 10 \(cell 2 of 2, about \d\d:\d\d left\)", said[1])
 
 
+@pytest.mark.further
 def test_values_that_are_not_positive_are_drawn_too(checkpoint: Path) -> None:
     class Opposite(FrechetDistance):
         def __call__(self, *args: Any) -> dict[str, float]:

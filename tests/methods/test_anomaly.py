@@ -253,6 +253,7 @@ def test_settings_are_chosen_by_other_images_than_the_test_s(tmp_path: Path) -> 
     assert first["scores"] != second["scores"]
 
 
+@pytest.mark.further
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     def run(place: Path, **kwargs: Any) -> None:
         system = model()

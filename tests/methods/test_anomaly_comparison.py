@@ -22,6 +22,7 @@ def test_settings_are_chosen_for_each_kind_by_the_mean_of_two_scores() -> None:
     assert chosen(rows) == {("a", "2"), ("b", "")}
 
 
+@pytest.mark.further
 def test_the_tables_are_of_both_sets_and_mark_the_same_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.trainer(tmp_path, max_steps=1).fit(model(), data())
     for source in (DefectDigits((3,), judged="validation"), DefectDigits((3,))):

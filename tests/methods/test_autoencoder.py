@@ -296,6 +296,7 @@ def test_a_run_in_bf16_stays_near_one_in_float32(tmp_path: Path) -> None:
     assert list(half.values()) == pytest.approx(list(full.values()), rel=0.02)
 
 
+@pytest.mark.further
 def test_a_compiled_autoencoder_is_the_same_and_refused_beside_a_discriminator(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.compile=eager: the adaptive weight needs"):
         trained(tmp_path / "refused", plain(), 1, compile="eager")
@@ -315,6 +316,7 @@ class FromTheImage(DiagonalGaussian):
         return mean + (0.5 * log_variance).exp() * torch.sin(50 * mean.detach())
 
 
+@pytest.mark.further
 def test_two_processes_make_the_steps_of_one_but_for_batch_normalization(tmp_path: Path) -> None:
     """To 1e-5 of the weights' changes; with batch normalization each sees the statistics of its own share."""
     systems: dict[str, Callable[[], AutoencoderModule]] = {

@@ -137,6 +137,7 @@ def test_the_loss_is_the_mean_of_both_cross_entropies_of_scaled_products() -> No
     assert float(parts["loss"]) == pytest.approx(float(parts["losses"].mean()))
 
 
+@pytest.mark.further
 def test_towers_learn_and_know_the_more_the_less_noise_there_is(noised: Path) -> None:
     curves = read_curves(noised)
     quarters = [curves[f"train/loss_{name}"][-1][1] for name in ("t_0.00_0.25", "t_0.25_0.50", "t_0.75_1.00")]
@@ -151,6 +152,7 @@ def test_the_factor_of_the_products_is_limited() -> None:
     assert float(network.scale.detach()) == 100
 
 
+@pytest.mark.further
 def test_towers_resume_bit_for_bit(tmp_path: Path) -> None:
     tiny.trainer(tmp_path / "whole", 4).fit(towers(), data())
     for steps in (2, 4):
@@ -160,6 +162,7 @@ def test_towers_resume_bit_for_bit(tmp_path: Path) -> None:
         assert tiny.identical(a[name], b[name]), name
 
 
+@pytest.mark.further
 def test_two_processes_contrast_the_images_of_both(tmp_path: Path) -> None:
     """The first step's weights, with clean images, are those of one process with the whole batch."""
 
@@ -198,6 +201,7 @@ def test_data_without_captions_are_refused() -> None:
 # Guidance
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("run", ["noised", "clean"])
 def test_guidance_makes_images_agree_with_their_texts_in_the_eyes_of_other_towers(
     run: str, noised: Path, clean: Path
@@ -219,6 +223,7 @@ def test_guidance_makes_images_agree_with_their_texts_in_the_eyes_of_other_tower
     assert mean(images) > mean(model().sample(range(16), condition={})) + 0.2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("noisy", [True, False])
 def test_the_gradient_is_that_of_the_scaled_product_by_central_differences(noisy: bool) -> None:
     module = towers(noisy).double().eval()

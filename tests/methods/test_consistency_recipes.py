@@ -38,6 +38,7 @@ EDM = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("recipe", EDM)
 def test_recipes_of_edm_are_the_papers_to_the_number(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, batch, millions, rate, half_life, dropout, evaluations = EDM[recipe]
@@ -79,6 +80,7 @@ CONSISTENCY: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("recipe", CONSISTENCY)
 def test_recipes_of_consistency_models_are_the_papers_to_the_number(
     recipe: str, monkeypatch: pytest.MonkeyPatch

@@ -127,6 +127,7 @@ def test_a_teacher_for_other_images_is_refused_before_training(tmp_path: Path, t
         tiny.trainer(tmp_path, 1).fit(model, tiny.data())
 
 
+@pytest.mark.further
 def test_times_are_searched_for_in_test_and_known_ones_are_not_scored_again(tmp_path: Path, teacher: Path) -> None:
     model = improved()
     model.config = {}

@@ -266,6 +266,7 @@ def test_a_student_starts_as_its_teacher(teacher: Path, tmp_path: Path) -> None:
     assert all(torch.equal(v, state[f"denoiser.network.{n.removeprefix('teacher.')}"]) for n, v in held.items())
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_a_run_resumes_bit_for_bit_in_any_stage_without_its_first_teacher(
     teacher: Path, tmp_path: Path, stop: int

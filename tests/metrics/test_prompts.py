@@ -87,6 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.further
 def test_a_text_model_is_scored_by_the_captions_of_test_images(trained: Path, tmp_path: Path) -> None:
     words = [[name, str(i)] for i, name in enumerate(NAMES)]
     evaluation = Evaluation(

@@ -208,6 +208,7 @@ def test_blocks_that_are_recomputed_are_controlled_in_the_backward_pass_too() ->
     assert torch.equal(gradient(checkpoint_blocks=False), gradient(checkpoint_blocks=True))
 
 
+@pytest.mark.further
 def test_a_compiled_network_is_compiled_anew_for_a_control() -> None:
     network = awake(small_unet)
     compiled = torch.compile(network, backend="eager")

@@ -110,6 +110,7 @@ def assert_holds(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 # The U-Net
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("options", "seed", "said"),
     [

@@ -145,6 +145,7 @@ def test_a_network_with_classes_goes_without_a_pipeline_and_comes_back(
     assert imported(folder).num_classes == 5
 
 
+@pytest.mark.further
 @torch.no_grad()
 def test_a_null_label_is_no_class_when_it_comes_back(tmp_path: Path) -> None:
     """Diffusers counts its row as a class: that it is none an export says, and of other networks a recipe."""
@@ -203,6 +204,7 @@ PARAMETERIZATIONS: list[tuple[Parameterization, Schedule]] = [
 ]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("parameterization", "schedule"), PARAMETERIZATIONS)
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("grid", [Uniform(), Trailing(), Leading(1, clean=False)])

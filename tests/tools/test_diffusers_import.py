@@ -291,6 +291,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 DRAWN = [(name, steps) for name in SCHEDULERS for steps in (T, 10) if (name, steps) != ("linspace", 10)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "steps"), DRAWN)
 def test_diffusers_ddpm_draws_the_same_images_here(name: str, steps: int, tmp_path: Path) -> None:
     made_by, unet = DDPMScheduler(num_train_timesteps=T, **SCHEDULERS[name]), theirs()

@@ -18,6 +18,7 @@ OFFSETS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("steps", [10, 6, 1])
 @pytest.mark.parametrize("changes", OFFSETS)
 def test_ddim_from_an_offset_or_to_the_first_time_draws_the_same_images_here(

@@ -78,6 +78,7 @@ def pipeline(folder: Path, kind: str = "VQ", unet: Any = None, **changes: Any) -
 # In
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("network", ["DDPM", "ADM"])
 @pytest.mark.parametrize(("kind", "scale"), [("KL", 0.3), ("KL", 1.0), ("VQ", 1.0), ("VQ", 0.18215)])
 def test_a_pipeline_of_diffusers_draws_the_same_images_here(
@@ -101,6 +102,7 @@ def test_the_imported_checkpoint_needs_nothing_else(tmp_path: Path) -> None:
     assert again.sample(range(3)).shape == (3, 3, 32, 32)
 
 
+@pytest.mark.further
 def test_a_vq_model_of_before_scaling_factors_is_not_scaled(tmp_path: Path) -> None:
     """As the published conversions are. Today's diffusers takes 0.18215 for them."""
     folder = pipeline(tmp_path, scaling_factor=1.0)
@@ -282,6 +284,7 @@ def own_checkpoint(folder: Path, codec: dict[str, Any], regularizer: str = "KL",
 SHIFTED = {"scale": [0.5, 2.0, 1.25], "shift": [0.1, -0.7, 0.3]}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("regularizer", "codec", "scale"),
     [
@@ -371,6 +374,7 @@ def test_a_learned_variance_over_latents_is_refused(tmp_path: Path) -> None:
         exported(path, "--trust", test_compvis.__name__)
 
 
+@pytest.mark.further
 def test_safetensors_hold_the_whole_model_in_the_published_layout(tmp_path: Path) -> None:
     path = own_checkpoint(tmp_path, SHIFTED)
     export_weights.main([str(path), "--to", "safetensors", "--out", str(tmp_path / "out")])

@@ -109,6 +109,7 @@ def test_texts_of_latent_diffusion(folders: Folders) -> None:
     agree(other[1], guided[1])
 
 
+@pytest.mark.further
 def test_texts_of_stable_diffusion(folders: Folders) -> None:
     folder = folders("stable_diffusion")
     model = model_of(folder)
@@ -187,6 +188,7 @@ def refused(folder: Path, capsys: Any) -> str:
     return str(line)
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(
     ("kind", "file", "changes", "words"),
     [
@@ -277,6 +279,7 @@ def test_a_tower_that_has_been_moved_is_named(folders: Folders, tmp_path: Path, 
     assert last.startswith(f"diffusion_lit: error: conditioner.folder={folder} holds no CLIP text model: ")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["text_to_image", "stable_diffusion", "inpainting", "super_resolution"])
 def test_the_image_depends_on_each_condition(kind: str, folders: Folders) -> None:
     """Which comparisons with the pipeline would not show if it did not."""
@@ -305,6 +308,7 @@ def test_what_is_not_imported_is_said(folders: Folders, tmp_path: Path, capsys: 
     assert line.endswith("; not imported: feature_extractor, safety_checker")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["text_to_image", "stable_diffusion"])
 def test_files_in_half_precision(kind: str, folders: Folders, tmp_path: Path) -> None:
     """Their numbers, in float32."""
@@ -323,6 +327,7 @@ class Anything:
     """What a pickle may ask for."""
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "place"), [("text_to_image", "bert"), ("stable_diffusion", "text_encoder")])
 def test_pickles_of_text_encoders(kind: str, place: str, folders: Folders, tmp_path: Path, capsys: Any) -> None:
     """Are read where they hold tensors alone."""
@@ -341,6 +346,7 @@ def test_pickles_of_text_encoders(kind: str, place: str, folders: Folders, tmp_p
 # Out
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["text_to_image", "stable_diffusion", "inpainting", "super_resolution"])
 def test_a_pipeline_goes_out_as_it_came_in(kind: str, folders: Folders, tmp_path: Path, capsys: Any) -> None:
     """Every tensor and every token; and it comes in again."""

@@ -75,6 +75,7 @@ def test_ddims_network_gives_the_same_output(attended: list[int], multipliers: l
     assert_same(network(X, TIMES), official_ddpm.output(state, X, TIMES))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("option", "chosen"), [([], 1), (["--weights", "averaged"], 1), (["--weights", "raw"], 0)])
 @pytest.mark.parametrize("sort", [list, tuple])
 @torch.no_grad()
@@ -102,6 +103,7 @@ def test_the_file_may_be_safetensors_or_in_the_former_format_or_in_half_precisio
         assert_same(imported(place, file, UNET)(X, TIMES), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrapped_networks_are_removed(prefix: str, tmp_path: Path) -> None:
     state = random_state(DDPM)

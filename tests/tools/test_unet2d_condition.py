@@ -188,6 +188,7 @@ def test_a_network_that_diffusers_lacks_is_refused(changes: dict[str, Any], word
         assert word in str(error.value)
 
 
+@pytest.mark.further
 def test_the_configuration_of_stable_diffusion_is_its_network() -> None:
     """As CompVis/stable-diffusion-v1-4 has it, with the keys of its time."""
     config = {
