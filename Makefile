@@ -34,7 +34,7 @@ RUN := $(BIN)/python -m diffusion_lit
 NEEDS_CKPT = $(if $(CKPT),,$(error CKPT is missing: make $@ CKPT=runs/<name>/checkpoints/last.ckpt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks demo-text demo-steering train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-latents bench-processes bench-precision bench-modes test test-further test-slow lint format clean
+.PHONY: help install lock demo demo-fast demo-anomaly demo-latent demo-tasks demo-text demo-steering train sample evaluate table-ddim table-samplers table-averages table-steps table-guidance bench bench-start bench-latents bench-processes bench-precision bench-modes test test-further test-slow lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -197,6 +197,9 @@ table-guidance: $(READY) ## score CKPT=..., a guided model, by guidance scale
 
 bench: $(READY) ## compare speed with diffusers on this machine; on a GPU ARGS="--device cuda --precision bf16"
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.suite $(ARGS)
+
+bench-start: $(READY) ## how long a start takes: help, and training up to its first step
+	$(BIN)/python -m benchmarks.start $(ARGS)
 
 bench-processes: $(READY) ## compare two processes with two threads of one; needs two idle cores
 	$(BIN)/python -m benchmarks.processes $(ARGS)

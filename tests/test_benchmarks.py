@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import fast, guidance, latents, precision, scaling, suite
+from benchmarks import fast, guidance, latents, precision, scaling, start, suite
 from benchmarks.setting import Setting, diffusers_network
 from diffusion_lit.methods.consistency import ConsistencyDistillation, ConsistencyTraining, Fixed, Neighbors
 from diffusion_lit.recipes import read_file
@@ -150,3 +150,12 @@ def test_the_verdict_names_the_best_of_few_evaluations() -> None:
     scores = {"DDIM, 10": 0.5, "a, 2": 0.4, "b, 4": 0.1}
     assert "a, 2: 0.4, better than the best DDIM with 10: 0.5" in fast.verdict(cells, scores)
     assert "a, 2: 0.6, not better than" in fast.verdict(cells, {**scores, "a, 2": 0.6})
+
+
+@pytest.mark.further
+def test_starts_are_timed_and_one_that_fails_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    start.main(["--rounds", "1"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in start.STARTS]
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        start.seconds(["-c", "raise SystemExit(3)"])
