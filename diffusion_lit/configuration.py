@@ -322,22 +322,6 @@ def read_value(text: str, kind: Takes) -> Any:
     return value if type(value) in kind.scalars or (type(value) is int and float in kind.scalars) else text
 
 
-def check(config: Mapping[str, Any], slots: Mapping[str, Slot], trust: Collection[str] = (), source: str = "") -> None:
-    """Checks a configuration from a file; imports nothing that is neither this package's nor trusted.
-
-    Args:
-        config: By section.
-        slots: The sections that there may be.
-        trust: Modules and classes, by import path, whose parts the configuration may name.
-        source: The file, for messages.
-
-    Raises:
-        ValueError: If a key is unknown or a value is not of its argument's kind.
-        Untrusted: If it names what is not this package's and not trusted.
-    """
-    Merge(trust, source).sections({}, config, slots)
-
-
 def build(config: Any, base: type[Part], trust: Collection[str] = (), source: str = "", key: str = "") -> Part:
     """Makes a part from its configuration.
 

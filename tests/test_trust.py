@@ -299,7 +299,7 @@ def test_the_parser_itself_imports_nothing_else(evil: Path) -> None:
 
 def test_the_same_configurations_without_the_attack_are_accepted() -> None:
     for key, value in (("ema.decays", [0.5]), (SAMPLER, part(DDIM, grid=part(GRID))), ("evaluation.scores", [SCORE])):
-        configuration.check(attacked(key, value), cli.command_slots("fit"))
+        configuration.Merge().sections({}, attacked(key, value), cli.command_slots("fit"))
 
 
 def test_the_parser_s_settings_are_as_before_afterwards() -> None:
