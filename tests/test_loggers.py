@@ -21,7 +21,6 @@ from diffusion_lit.loggers import (
     WandB,
     bind_loggers,
     clear_save_dir,
-    curves_of,
     fill_save_dir,
     log_hyperparams,
     log_image,
@@ -133,13 +132,12 @@ def test_a_checkpoint_drops_later_lines_even_where_nothing_was_logged_since(tmp_
 def test_a_logger_writes_to_the_run_directory_unless_it_was_given_another(tmp_path: Path) -> None:
     for given, place in ((None, tmp_path / "run"), (str(tmp_path / "other"), tmp_path / "other")):
         trainer = tiny.trainer(tmp_path / "run", logger=[Curves(given), WandB(given)])
-        curves = curves_of(trainer)
-        assert curves is not None
+        curves = trainer.loggers[0]
+        assert isinstance(curves, Curves)
         assert [logger.save_dir for logger in trainer.loggers] == [str(place), str(place)]
         log_metrics(trainer, {"loss": 1.0})
         curves.flush()
         assert read_curves(place) == {"loss": [(0, 1.0)]}
-    assert curves_of(tiny.trainer(tmp_path, logger=False)) is None
 
 
 def test_curves_serve_lightning_s_own_trainer(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from diffusion_lit.loggers.calls import (
     bind_loggers,
-    curves_of,
     log_hyperparams,
     log_image,
     log_metrics,
@@ -20,7 +19,6 @@ __all__ = [
     "WandB",
     "bind_loggers",
     "clear_save_dir",
-    "curves_of",
     "fill_save_dir",
     "log_hyperparams",
     "log_image",

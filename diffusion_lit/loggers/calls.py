@@ -83,8 +83,3 @@ def resume_loggers(trainer: Trainer, step: int, state: Mapping[str, Any]) -> Non
             logger.resume(step, state.get("curves"))
         elif isinstance(logger, WandB) and logger.id is None:
             logger.id = state.get("wandb")
-
-
-def curves_of(trainer: Trainer) -> Curves | None:
-    """Returns the logger that writes the run's metrics.jsonl, if there is one."""
-    return next((logger for logger in trainer.loggers if isinstance(logger, Curves)), None)
