@@ -31,8 +31,3 @@ class Interval:
             return False
         self._last = step
         return True
-
-    @property
-    def last(self) -> int:
-        """The last step at which it was due, or training started."""
-        return self._last

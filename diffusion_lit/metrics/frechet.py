@@ -59,23 +59,16 @@ class FeatureMoments:
         self.sum = self.sum + features.sum(0)
         self.outer = self.outer + features.T @ features
 
-    def merge(self, other: Self) -> Self:
-        """The moments of this one's vectors and the other's together; neither changes.
-
-        Raises:
-            ValueError: If the dimensions differ.
-        """
-        if len(other.sum) != len(self.sum):
-            raise ValueError(f"moments of {len(self.sum)} and {len(other.sum)} features cannot be merged")
-        return self._new(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
-
     def reduce(self, reduce_sum: ReduceSum) -> Self:
         """The moments of all processes' vectors, the same on each; this process's own stay as they are.
 
         Collective: every process calls it, also one that saw no vector.
         """
         count = torch.tensor(self.count, dtype=torch.int64, device=self.sum.device)
-        return self._new(int(reduce_sum(count).item()), reduce_sum(self.sum.clone()), reduce_sum(self.outer.clone()))
+        moments = type(self)(len(self.sum), self.sum.device)
+        moments.count = int(reduce_sum(count).item())
+        moments.sum, moments.outer = reduce_sum(self.sum.clone()), reduce_sum(self.outer.clone())
+        return moments
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """Mean, (D,), and unbiased covariance, (D, D), float64: divided by count - 1, as `numpy.cov` does.
@@ -88,11 +81,6 @@ class FeatureMoments:
         mean = self.sum / self.count
         covariance = (self.outer - torch.outer(mean, self.sum)) / (self.count - 1)
         return mean, (covariance + covariance.T) / 2
-
-    def _new(self, count: int, total: Tensor, outer: Tensor) -> Self:
-        moments = type(self)(len(total), total.device)
-        moments.count, moments.sum, moments.outer = count, total, outer
-        return moments
 
 
 def check_gaussian(mu: Tensor, sigma: Tensor) -> None:

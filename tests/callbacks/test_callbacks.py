@@ -63,7 +63,6 @@ def test_an_interval_is_not_due_again_where_a_run_goes_on() -> None:
     interval.start(at(6))
     assert not interval.due(at(6))
     assert interval.due(at(9))
-    assert interval.last == 9
 
 
 def test_no_interval_is_never_due_and_one_below_a_step_is_refused() -> None:

@@ -156,17 +156,6 @@ def test_float32_features_are_summed_in_float64() -> None:
     assert float(moments.mean_and_covariance()[0]) == pytest.approx(float(np.float32(0.1)), rel=1e-12)
 
 
-def test_merged_halves_equal_one_pass_and_stay_as_they_were() -> None:
-    features = vectors(30, 4, seed=5)
-    whole, first, second = FeatureMoments(4), FeatureMoments(4), FeatureMoments(4)
-    whole.update(features)
-    first.update(features[:11])
-    second.update(features[11:])
-    for merged, expected in zip(first.merge(second).mean_and_covariance(), whole.mean_and_covariance(), strict=True):
-        torch.testing.assert_close(merged, expected)
-    assert (first.count, second.count) == (11, 19)
-
-
 def _reduce_share(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -213,5 +202,3 @@ def test_one_image_has_no_covariance() -> None:
 def test_features_of_another_dimension_are_refused() -> None:
     with pytest.raises(ValueError, match="not \\(B, 2\\)"):
         FeatureMoments(2).update(torch.ones(4, 3))
-    with pytest.raises(ValueError, match="cannot be merged"):
-        FeatureMoments(2).merge(FeatureMoments(3))
