@@ -85,12 +85,11 @@ class Generator(System):
         """Whether an entry may have a shape, (C, H, W): by default the one of `shape_of` alone."""
         return shape == self.shape_of(entry)
 
-    def conditions(self, data: L.LightningDataModule | None = None, testing: bool = False) -> Conditions:
+    def conditions(self, data: L.LightningDataModule | None = None) -> Conditions:
         """What images show by default: every class in turn, or what examples of the data show.
 
         Args:
             data: Where examples are taken from; None: from the data of the trainer, if there is one.
-            testing: Whether test images go before validation images.
 
         Raises:
             ValueError: If images depend on examples and there are no data, or data without them.
@@ -100,7 +99,7 @@ class Generator(System):
                 return Given({})
             trained = self.num_classes if self.class_names is None else len(self.class_names)
             return Given({"label": torch.arange(min(self.num_classes, trained))})
-        trainer = attached_trainer(self)
+        trainer, testing = attached_trainer(self), False
         if data is None and trainer is not None:
             data, testing = getattr(trainer, "datamodule", None), trainer.testing
         if not isinstance(data, ImageData):

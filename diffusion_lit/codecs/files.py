@@ -1,6 +1,6 @@
 """Autoencoders from checkpoints."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,16 +28,15 @@ class Trained(NamedTuple):
     config: dict[str, Any]
 
 
-def read_autoencoder(path: str | Path, trust: Collection[str] = ()) -> Trained:
+def read_autoencoder(path: str | Path) -> Trained:
     """The autoencoder in the checkpoint of any system whose `network` is one; its averaged weights, if there are any.
 
     Args:
         path: The checkpoint, from `fit` or `import`.
-        trust: Modules or classes outside of this package that the configuration in the file may name.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, is of something else, or names something that is not trusted.
+        ValueError: If it is damaged, is of something else, or names what is not of this package.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -56,9 +55,9 @@ def read_autoencoder(path: str | Path, trust: Collection[str] = ()) -> Trained:
             f"{OPTION}={path} is a checkpoint of {kind}, not of an autoencoder; give that of a first stage by "
             f"--model.{OPTION}"
         )
-    config = Merge(trust, str(file)).value(Slot(Autoencoder), MISSING, given, "model.network")
+    config = Merge(source=str(file)).value(Slot(Autoencoder), MISSING, given, "model.network")
     with torch.random.fork_rng(devices=[]):  # What is initialized here is overwritten.
-        network = instantiate(config, Autoencoder, trust, str(file))
+        network = instantiate(config, Autoencoder, source=str(file))
     fill(network, state, f"{OPTION}={path}")
     return Trained(network, config)
 

@@ -245,7 +245,6 @@ class Evaluation(L.Callback):
         generator: Generator,
         sampler: Sampler | None = None,
         requests: Requests | None = None,
-        source: Path | None = None,
         reuse: bool = False,
     ) -> Record:
         """Scores the averaged weights, or those that the generator holds, and puts the result on record; collective.
@@ -255,7 +254,6 @@ class Evaluation(L.Callback):
             generator: Makes the images.
             sampler: Another than the one configured.
             requests: Other images than those of `test`.
-            source: The checkpoint of the weights, if it is not the one that the generator was loaded from.
             reuse: Whether a record of the same evaluation is taken instead of a new one.
 
         Returns:
@@ -318,7 +316,7 @@ class Evaluation(L.Callback):
         with generator.averaged_weights():
             record = known(trainer, generator, key, compared) if reuse else None
             if record is None:
-                record = measure(trainer, generator, "images", key, compared, requests, work, finish, source)
+                record = measure(trainer, generator, "images", key, compared, requests, work, finish)
         rank_zero_info(summary(trainer, record))
         return record
 

@@ -40,7 +40,6 @@ def measure(
     requests: Requests,
     work: Callable[[int, StepFn], Columns],
     finish: Callable[[Columns], Record],
-    source: Path | None = None,
 ) -> Record:
     """Does the batches of `requests` over all processes and puts the outcome on record; collective.
 
@@ -55,7 +54,6 @@ def measure(
         requests: Give the batches.
         work: Called as work(batch, on_step); returns tensors with one row per image, or one row per batch.
         finish: Called on the first process with the tensors of all batches; returns "scores" and further entries.
-        source: The checkpoint of the weights, if it is not the one that the system was loaded from.
 
     Returns:
         The record, the same on every process.
@@ -77,7 +75,7 @@ def measure(
 
         def conclude() -> Record:
             columns = partial.columns(len(requests))
-            path = source or (None if loaded is None else loaded.path)
+            path = None if loaded is None else loaded.path
             record = {
                 "what": what,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
