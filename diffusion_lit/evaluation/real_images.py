@@ -18,7 +18,6 @@ from diffusion_lit.evaluation.partial import PartialResults
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.reference import (
     Reference,
-    WrongImageCount,
     cache_path,
     cached_reference,
     compute_reference,
@@ -71,7 +70,7 @@ class RealImages:
             raise ValueError("a score needs real images: give --data, or statistics by --evaluation.reference")
         return data
 
-    def gaussian(self, trainer: L.Trainer, device: torch.device, batch_size: int = BATCH) -> Reference:
+    def gaussian(self, trainer: L.Trainer, device: torch.device) -> Reference:
         """Mean and covariance: from the given file, from the cache, or computed by all processes; collective."""
         if self._gaussian is not None:
             return self._gaussian
@@ -81,23 +80,17 @@ class RealImages:
             return self._gaussian
         data = self.data(trainer)
         images = data.dataset(self.split)
-        sums = partial(reduce_sum, trainer)
-        path = cache_path(
-            self.cache_dir, images.fingerprint(), self.extractor.fingerprint(), resolution=images.image_size
-        )
+        sums, process = partial(reduce_sum, trainer), (trainer.global_rank, trainer.world_size)
+        path = cache_path(self.cache_dir, images.fingerprint(), self.extractor.fingerprint(), images.image_size)
 
         def compute() -> Reference:
             name = self.extractor.metric_name
             rank_zero_info(f"{name}: computing reference statistics of {images.name}, {len(images):,} images")
             with counting_bar(trainer, len(images), "real images") as count:
-                batches = data.reference_batches(trainer.global_rank, trainer.world_size, batch_size, self.split)
+                batches = data.reference_batches(*process, BATCH, self.split)
                 counted = call_after(batches, lambda batch: count(len(batch)))
-                reference = compute_reference(counted, self.extractor, device, sums, name=images.name)
-            share = torch.tensor(data.num_images(self.split, trainer.global_rank, trainer.world_size), device=device)
-            readable = int(sums(share))
-            if reference.count != readable:
-                raise WrongImageCount(f"{images.name}: counted {reference.count} images of {readable}")
-            return reference
+                readable = partial(data.num_images, self.split, *process)
+                return compute_reference(counted, self.extractor, device, sums, readable, images.name)
 
         self._gaussian = cached_reference(path, compute, self.extractor, device, sums, write=trainer.local_rank == 0)
         return self._gaussian

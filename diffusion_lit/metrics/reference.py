@@ -136,9 +136,7 @@ def cache_path(
     cache_dir: Path | str | None,
     dataset_fingerprint: str,
     extractor_fingerprint: str,
-    *,
     resolution: int,
-    preprocessing: str = "",
 ) -> Path:
     """Where the statistics of a data set are kept: one file for each combination of the arguments.
 
@@ -147,9 +145,8 @@ def cache_path(
         dataset_fingerprint: Tells data sets and their splits apart.
         extractor_fingerprint: `FeatureExtractor.fingerprint()`.
         resolution: Height and width of the images, in pixels.
-        preprocessing: How images were cropped and resized, where that can differ.
     """
-    key = json.dumps([1, dataset_fingerprint, resolution, preprocessing, extractor_fingerprint])
+    key = json.dumps([1, dataset_fingerprint, resolution, "", extractor_fingerprint])
     directory = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     return directory / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
@@ -159,7 +156,7 @@ def compute_reference(
     extractor: FeatureExtractor,
     device: torch.device | str,
     reduce_sum: ReduceSum = one_process,
-    expected_count: int | None = None,
+    expected: Callable[[], int] | None = None,
     name: str = "",
 ) -> Reference:
     """Fits the Gaussian to all images of all processes; collective.
@@ -170,14 +167,14 @@ def compute_reference(
         extractor: Moved to `device`.
         device: Where features are computed and summed.
         reduce_sum: Sums a tensor over the processes.
-        expected_count: Number of images over all processes; None accepts any.
+        expected: Returns the number of images in this process's share; called after the pass. None: it is not checked.
         name: What the images are, for logs.
 
     Returns:
         The same statistics on every process, on the CPU.
 
     Raises:
-        WrongImageCount: On every process, if not exactly `expected_count` images were counted.
+        WrongImageCount: On every process, if not as many images were counted as expected.
         ValueError: If there are fewer than two images.
         WeightsUnavailable: If the extractor's weights cannot be had.
     """
@@ -187,11 +184,13 @@ def compute_reference(
     for images in batches:
         moments.update(outputs_in_memory(extractor, images.to(device))["features"])
     moments = moments.reduce(reduce_sum)
-    if expected_count is not None and moments.count != expected_count:
-        raise WrongImageCount(
-            f"reference statistics counted {moments.count} images, but the data set has {expected_count}: "
-            "a loader drops, repeats or pads some"
-        )
+    if expected is not None:
+        total = int(reduce_sum(torch.tensor(expected(), device=device)))
+        if moments.count != total:
+            raise WrongImageCount(
+                f"reference statistics counted {moments.count} images, but {name} has {total}: a loader drops, repeats "
+                "or pads some"
+            )
     mu, sigma = moments.mean_and_covariance()
     return Reference(mu.cpu(), sigma.cpu(), moments.count, name, extractor.fingerprint())
 

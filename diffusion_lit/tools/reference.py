@@ -8,6 +8,7 @@ name of the dataset and the extractor.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from diffusion_lit.data import ImageData, Split
 from diffusion_lit.files import remove_abandoned
-from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, WrongImageCount, compute_reference
+from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, compute_reference
 from diffusion_lit.parts import Slot, path_of
 from diffusion_lit.tools.prepare import parse
 
@@ -33,7 +34,6 @@ def statistics(
         WeightsUnavailable: If the extractor's weights cannot be obtained.
     """
     images = data.dataset(split)
-    extractor.prepare()
     with tqdm(desc=images.name, total=len(images), unit=" images") as bar:
 
         def batches() -> Iterator[Tensor]:
@@ -41,10 +41,8 @@ def statistics(
                 yield batch
                 bar.update(len(batch))
 
-        reference = compute_reference(batches(), extractor, device, name=images.name)
-    if reference.count != data.num_images(split):
-        raise WrongImageCount(f"{images.name}: counted {reference.count} images of {data.num_images(split)}")
-    return reference
+        readable = partial(data.num_images, split)
+        return compute_reference(batches(), extractor, device, expected=readable, name=images.name)
 
 
 def main(args: Sequence[str]) -> None:

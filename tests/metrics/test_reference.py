@@ -34,7 +34,7 @@ def statistics(dimension: int = 12) -> dict[str, Any]:
 
 
 def test_the_reference_of_all_images_is_numpys_mean_and_covariance_of_their_features() -> None:
-    result = compute_reference(torch.split(images(), 16), Pixels(6), "cpu", expected_count=40, name="noise")
+    result = compute_reference(torch.split(images(), 16), Pixels(6), "cpu", expected=lambda: 40, name="noise")
     pixels = images().flatten(1).numpy().astype(np.float64) / 255
     np.testing.assert_allclose(result.mu.numpy(), pixels.mean(0), rtol=1e-6)
     np.testing.assert_allclose(result.sigma.numpy(), np.cov(pixels, rowvar=False), atol=1e-7)
@@ -42,15 +42,15 @@ def test_the_reference_of_all_images_is_numpys_mean_and_covariance_of_their_feat
 
 
 def test_a_dropped_last_batch_is_an_error_with_both_counts() -> None:
-    with pytest.raises(WrongImageCount, match="counted 32 images, but the data set has 40"):
-        compute_reference(torch.split(images(), 16)[:2], Pixels(2), "cpu", expected_count=40)
+    with pytest.raises(WrongImageCount, match="counted 32 images, but noise has 40"):
+        compute_reference(torch.split(images(), 16)[:2], Pixels(2), "cpu", expected=lambda: 40, name="noise")
 
 
 def test_images_are_counted_over_all_processes() -> None:
     def two_alike(tensor: Tensor) -> Tensor:
         return tensor * 2
 
-    result = compute_reference(torch.split(images(), 16), Pixels(2), "cpu", two_alike, expected_count=80)
+    result = compute_reference(torch.split(images(), 16), Pixels(2), "cpu", two_alike, expected=lambda: 40)
     assert result.count == 80
     torch.testing.assert_close(result.mu, reference().mu)
     torch.testing.assert_close(result.sigma, reference().sigma * (2 * 39 / 79))
@@ -190,10 +190,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_every_part_of_the_key_has_its_own_cache_file(tmp_path: Path) -> None:
-    def path(data: str = "a", extractor: str = "b", resolution: int = 32, preprocessing: str = "") -> Path:
-        return cache_path(tmp_path, data, extractor, resolution=resolution, preprocessing=preprocessing)
+    def path(data: str = "a", extractor: str = "b", resolution: int = 32) -> Path:
+        return cache_path(tmp_path, data, extractor, resolution)
 
-    paths = [path(), path(data="c"), path(extractor="c"), path(resolution=64), path(preprocessing="crop")]
+    paths = [path(), path(data="c"), path(extractor="c"), path(resolution=64)]
     paths += [path("ab", ""), path("", "ab"), path(extractor=Pixels(4).fingerprint())]
     assert len(set(paths)) == len(paths)
     assert path() == path()
