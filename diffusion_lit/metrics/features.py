@@ -152,24 +152,8 @@ class Inception(FeatureExtractor):
 
     def _prepared(self) -> nn.Module:
         if self._network is None:
-            self._network = _inception(self._find_weights())
+            self._network = _inception(find_weights("Inception weights", self._weights, URL_INCEPTION_V3, _remedy()))
         return self._network
-
-    def _find_weights(self) -> Path:
-        if self._weights is not None:
-            path = Path(self._weights).expanduser()
-            if not path.is_file():
-                raise WeightsUnavailable(f"{path}: no such file; {_remedy()}")
-            return path
-        path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(URL_INCEPTION_V3)
-        if not path.is_file():
-            try:
-                download(URL_INCEPTION_V3, path)
-            except (OSError, HTTPException, ValueError) as error:
-                raise WeightsUnavailable(
-                    f"no Inception weights: not in {path.parent}, and no download ({first_line(error)}); {_remedy()}"
-                ) from error
-        return path
 
 
 class Pixels(FeatureExtractor):
@@ -294,6 +278,31 @@ def first_line(error: Exception) -> str:
     """An error's class and the first line of what it says."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def find_weights(what: str, given: str | None, url: str, remedy: str) -> Path:
+    """A file of weights: the one that was given, or in torch.hub's folder of checkpoints, perhaps downloaded to there.
+
+    Args:
+        what: Such as "weights of vgg", for messages.
+        given: Path of a file; None: there is none.
+        url: Of the download; its name is the file's.
+        remedy: For messages.
+
+    Raises:
+        WeightsUnavailable: If there is no such file, or no download.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url) if given is None else Path(given).expanduser()
+    if given is not None and not path.is_file():
+        raise WeightsUnavailable(f"{path}: no such file; {remedy}")
+    if not path.is_file():
+        try:
+            download(url, path)
+        except (OSError, HTTPException, ValueError) as error:
+            raise WeightsUnavailable(
+                f"no {what}: not in {path.parent}, and no download ({first_line(error)}); {remedy}"
+            ) from error
+    return path
 
 
 def download(url: str, path: Path) -> None:

@@ -4,7 +4,6 @@ import inspect
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import lpips
 
 from diffusion_lit.frozen import Frozen
-from diffusion_lit.metrics.features import WeightsUnavailable, download, first_line
+from diffusion_lit.metrics.features import WeightsUnavailable, find_weights, first_line
 from diffusion_lit.types import Part
 
 URLS = {
@@ -95,31 +94,14 @@ class LPIPS(Perceptual):
 
     def _prepared(self) -> Frozen:
         if self._network is None:
-            self._network = Frozen(lpips_network(self.net, self._find_backbone()))
+            url = URLS[self.net]
+            remedy = (
+                f"give torchvision's {Path(url).name} as `backbone` of LPIPS or put it into $TORCH_HOME/hub/"
+                "checkpoints; or take TrainedPerceptual, or null, instead of LPIPS"
+            )
+            backbone = find_weights(f"weights of {self.net} for LPIPS", self._backbone, url, remedy)
+            self._network = Frozen(lpips_network(self.net, backbone))
         return self._network
-
-    def _find_backbone(self) -> Path:
-        if self._backbone is not None:
-            path = Path(self._backbone).expanduser()
-            if not path.is_file():
-                raise WeightsUnavailable(f"LPIPS: {path}: no such file; {self._remedy()}")
-            return path
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URLS[self.net]).name
-        if not path.is_file():
-            try:
-                download(URLS[self.net], path)
-            except (OSError, HTTPException, ValueError) as error:
-                raise WeightsUnavailable(
-                    f"LPIPS: no weights of {self.net}: not in {path.parent}, and no download ({first_line(error)}); "
-                    f"{self._remedy()}"
-                ) from error
-        return path
-
-    def _remedy(self) -> str:
-        return (
-            f"give torchvision's {Path(URLS[self.net]).name} as `backbone` of LPIPS or put it into $TORCH_HOME/hub/"
-            "checkpoints; or take TrainedPerceptual, or null, instead of LPIPS"
-        )
 
 
 def lpips_network(net: Literal["vgg", "alex", "squeeze"], backbone: Path) -> nn.Module:
