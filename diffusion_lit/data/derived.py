@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ from diffusion_lit.types import Batch
 
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 """Formats, as Pillow calls them, that change values, of which maps of classes are made."""
+
+Value = Callable[[int, Tensor, np.random.Generator], Tensor]
 
 
 class Derived(Source, ABC):
@@ -68,21 +70,16 @@ class DerivedImages(ImageDataset):
         images: The dataset.
         entry: Name of the entry.
         settings: What it depends on besides the images.
+        value: Called as value(index, image, generator); returns the entry of one image, uint8 (C, H, W), or raises
+            CorruptImage if it cannot be read. Worker processes may pickle it.
     """
 
-    def __init__(self, images: ImageDataset, entry: str, settings: str) -> None:
+    def __init__(self, images: ImageDataset, entry: str, settings: str, value: Value) -> None:
         super().__init__(images.name, images.image_size, images.channels, images.class_names)
         self.images = images
         self.entry = entry
         self.settings = settings
-
-    @abstractmethod
-    def value(self, index: int, image: Tensor, generator: np.random.Generator) -> Tensor:
-        """The entry of one image, uint8 (C, H, W).
-
-        Raises:
-            CorruptImage: If it cannot be read.
-        """
+        self.value = value
 
     def __len__(self) -> int:
         return len(self.images)
@@ -146,18 +143,9 @@ class LowResolution(Derived):
         self.degradation = degradation
 
     def derive(self, images: ImageDataset, split: Split) -> DerivedImages:
-        return LowResolutionImages(images, self.factor, self.degradation)
+        return DerivedImages(images, "low_res", f"{self.factor} {describe(self.degradation)}", self._low_res)
 
-
-class LowResolutionImages(DerivedImages):
-    """See `LowResolution`."""
-
-    def __init__(self, images: ImageDataset, factor: int, degradation: Degradation) -> None:
-        super().__init__(images, "low_res", f"{factor} {describe(degradation)}")
-        self.factor = factor
-        self.degradation = degradation
-
-    def value(self, index: int, image: Tensor, generator: np.random.Generator) -> Tensor:
+    def _low_res(self, index: int, image: Tensor, generator: np.random.Generator) -> Tensor:
         return self.degradation(image, self.factor, generator)
 
 
@@ -176,18 +164,10 @@ class Holes(Derived):
         self.masks = masks
 
     def derive(self, images: ImageDataset, split: Split) -> DerivedImages:
-        return HoleImages(images, self.masks)
+        return DerivedImages(images, "mask", str(describe(self.masks)), self._mask)
 
-
-class HoleImages(DerivedImages):
-    """See `Holes`."""
-
-    def __init__(self, images: ImageDataset, masks: Masks) -> None:
-        super().__init__(images, "mask", str(describe(masks)))
-        self.masks = masks
-
-    def value(self, index: int, image: Tensor, generator: np.random.Generator) -> Tensor:
-        return self.masks(index, self.image_size, generator)
+    def _mask(self, index: int, image: Tensor, generator: np.random.Generator) -> Tensor:
+        return self.masks(index, image.shape[-1], generator)
 
 
 class WithMaps(Derived):
@@ -231,7 +211,7 @@ class MapImages(DerivedImages):
     """See `WithMaps`."""
 
     def __init__(self, images: FolderImages, folder: Path, num_classes: int) -> None:
-        super().__init__(images, "map", f"{num_classes}")
+        super().__init__(images, "map", f"{num_classes}", self._map)
         self.files = images
         self.folder = folder
         self.num_classes = num_classes
@@ -248,7 +228,7 @@ class MapImages(DerivedImages):
             digest.update(repr(None if status is None else (status.st_size, status.st_mtime_ns)).encode())
         return digest.hexdigest()
 
-    def value(self, index: int, image: Tensor, generator: np.random.Generator) -> Tensor:
+    def _map(self, index: int, image: Tensor, generator: np.random.Generator) -> Tensor:
         try:
             with Image.open(self.files.path(index)) as picture:
                 return read_map(self.path(index), self.num_classes, self.image_size, picture)
