@@ -25,7 +25,7 @@ from diffusion_lit.data.dataset import (
     Split,
 )
 from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
-from diffusion_lit.data.source import Source, at_least
+from diffusion_lit.data.source import Resized
 
 IN_MEMORY_BYTES = 2 * 1024**3
 """Datasets up to this size are held in memory by default."""
@@ -33,7 +33,7 @@ IN_MEMORY_BYTES = 2 * 1024**3
 _LARGE_FILE = 16 * 1024
 
 
-class Folder(Source):
+class Folder(Resized):
     """Image files in a folder and in all folders below it, in the order of their paths.
 
     Two or more sub-folders that contain all the images are classes, labelled in the order of their names. A folder with
@@ -69,12 +69,8 @@ class Folder(Source):
         in_memory: bool | None = None,
         captions: CaptionForm | None = None,
     ) -> None:
-        at_least("source.image_size", image_size, 1)
-        if channels not in (1, 3):
-            raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.source.channels")
+        super().__init__(image_size, channels)
         self.root = Path(root).expanduser()
-        self.image_size = image_size
-        self.channels = channels
         self.val_root = None if val_root is None else Path(val_root).expanduser()
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction} must lie in [0, 1); set --data.source.val_fraction")
@@ -88,10 +84,6 @@ class Folder(Source):
         self.in_memory = in_memory
         self.captions = captions
         self._training_classes: list[str] | None = None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, self.image_size, self.image_size
 
     def load(self, split: Split) -> ImageDataset | None:
         root, option = (self.root, "root") if split == "train" or self.val_fraction else (self.val_root, "val_root")
@@ -115,9 +107,7 @@ class Folder(Source):
             )
         if self.val_fraction:
             files = part_of(files, self.val_fraction, split != "train", root)
-        bytes_in_memory = len(files) * self.channels * self.image_size**2
-        in_memory = bytes_in_memory <= IN_MEMORY_BYTES if self.in_memory is None else self.in_memory
-        images = FolderImages(name, root, files, classes, self.image_size, self.channels, in_memory)
+        images = FolderImages(name, root, files, classes, self.image_size, self.channels, self.in_memory)
         if self.captions is not None:
             images.captions = self.captions.captions(root, files, split)
         return images
@@ -150,7 +140,7 @@ class FolderImages(ImageDataset):
         classes: Names of the sub-folders that are classes; empty if there are none.
         image_size: Height and width to crop and resize to, in pixels.
         channels: 1 or 3.
-        in_memory: Whether `preload` decodes all of them.
+        in_memory: Whether `preload` decodes all of them. None: if they fit 2 GiB.
     """
 
     def __init__(
@@ -161,7 +151,7 @@ class FolderImages(ImageDataset):
         classes: Sequence[str],
         image_size: int,
         channels: int,
-        in_memory: bool = False,
+        in_memory: bool | None = False,
     ) -> None:
         super().__init__(name, image_size, channels, list(classes) or None)
         self.root = root
@@ -169,7 +159,8 @@ class FolderImages(ImageDataset):
         self.files = np.array([os.fsencode(file) for file in files])
         number = {name: i for i, name in enumerate(classes)}
         self.labels = torch.tensor([number[file.split("/")[0]] for file in files]) if classes else None
-        self.in_memory = in_memory
+        fits = len(files) * channels * image_size**2 <= IN_MEMORY_BYTES
+        self.in_memory = fits if in_memory is None else in_memory
 
     def __len__(self) -> int:
         return len(self.files)

@@ -14,45 +14,19 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import PREPROCESSING, decode, spread, warn_of_small_images
-from diffusion_lit.data.source import Source, at_least
+from diffusion_lit.data.source import Resized
 from diffusion_lit.files import whole_file
 
 SCENES = (
-    "bedroom",
-    "bridge",
-    "church_outdoor",
-    "classroom",
-    "conference_room",
-    "dining_room",
-    "kitchen",
-    "living_room",
-    "restaurant",
-    "tower",
-)
+    "bedroom", "bridge", "church_outdoor", "classroom", "conference_room", "dining_room", "kitchen", "living_room",
+    "restaurant", "tower",
+)  # fmt: skip
 """Categories with training and validation images."""
 
 OBJECTS = (
-    "airplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "dining_table",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "potted_plant",
-    "sheep",
-    "sofa",
-    "train",
-    "tv-monitor",
-)
+    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining_table", "dog",
+    "horse", "motorbike", "person", "potted_plant", "sheep", "sofa", "train", "tv-monitor",
+)  # fmt: skip
 """Categories with training images only."""
 
 _SPARE_PAGES = 16
@@ -63,7 +37,7 @@ _environments: dict[tuple[str, int], lmdb.Environment] = {}
 os.register_at_fork(after_in_child=_environments.clear)
 
 
-class LSUN(Source):
+class LSUN(Resized):
     """One category of LSUN, in its published LMDB databases.
 
     Scenes are stored as `<root>/<category>_train_lmdb` and `<root>/<category>_val_lmdb`, objects as
@@ -86,7 +60,7 @@ class LSUN(Source):
     eval_batch_size = 64
 
     def __init__(self, root: str, category: str = "church_outdoor", image_size: int = 256) -> None:
-        at_least("source.image_size", image_size, 1)
+        super().__init__(image_size)
         known = SCENES + OBJECTS
         if category not in known:
             near = difflib.get_close_matches(category, known, n=1, cutoff=0.5)
@@ -94,11 +68,6 @@ class LSUN(Source):
             raise ValueError(f"LSUN has no category {category!r}; {meant} Set --data.source.category")
         self.root = Path(root).expanduser()
         self.category = category
-        self.image_size = image_size
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return 3, self.image_size, self.image_size
 
     def prepare(self) -> None:
         """Lists the keys, which takes minutes for millions of images; the other processes read the list."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import EXTENSIONS, square, upright
 from diffusion_lit.data.folder import FolderImages, find, several
-from diffusion_lit.data.source import Source, at_least
+from diffusion_lit.data.source import Resized
 
 GOOD = "good"
 
@@ -46,7 +46,7 @@ class DefectImages(ImageDataset):
         return cast(Example, {"image": image, "gt_label": torch.tensor(label), "gt_mask": self.mask(index)})
 
 
-class MVTec(Source):
+class MVTec(Resized):
     """Images in the layout of MVTec AD: train/good, test/good, test/<defect>, ground_truth/<defect>/<name>_mask.png.
 
     Training sees train/good alone. There are no validation images, unless there is validation/good as in MVTec AD 2. A
@@ -68,17 +68,9 @@ class MVTec(Source):
     """
 
     def __init__(self, root: str, image_size: int, channels: int = 3, in_memory: bool | None = None) -> None:
-        at_least("source.image_size", image_size, 1)
-        if channels not in (1, 3):
-            raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.source.channels")
+        super().__init__(image_size, channels)
         self.root = Path(root).expanduser()
-        self.image_size = image_size
-        self.channels = channels
         self.in_memory = in_memory
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, self.image_size, self.image_size
 
     def load(self, split: Split) -> ImageDataset | None:
         if not self.root.is_dir():
@@ -94,10 +86,8 @@ class MVTec(Source):
                 f"no good images: {folder} {'holds none' if folder.is_dir() else 'is missing'}; put images without "
                 "defects there, or set --data.source.root"
             )
-        size = len(files) * self.channels * self.image_size**2
-        in_memory = size <= 2 * 1024**3 if self.in_memory is None else self.in_memory
         name = f"{folder} ({split})"
-        return FolderImages(name, folder, files, [], self.image_size, self.channels, in_memory)
+        return FolderImages(name, folder, files, [], self.image_size, self.channels, self.in_memory)
 
     def _test(self) -> "MVTecTest":
         folder = self.root / "test"

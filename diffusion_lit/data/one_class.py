@@ -5,10 +5,10 @@ from pathlib import Path
 from diffusion_lit.data.dataset import ImageDataset, Split
 from diffusion_lit.data.folder import FolderImages, find
 from diffusion_lit.data.mvtec import GOOD, MVTecTest
-from diffusion_lit.data.source import Source, at_least
+from diffusion_lit.data.source import Resized, at_least
 
 
-class OneClass(Source):
+class OneClass(Resized):
     """Images of one class to learn, and of all classes to judge: train/<class>/ and test/<class>/.
 
     Training sees train/<good> alone. Of the test images those of test/<good> are good, and each other class is a class
@@ -28,20 +28,12 @@ class OneClass(Source):
     """
 
     def __init__(self, root: str, good: str, image_size: int, channels: int = 3, per_class: int | None = None) -> None:
-        at_least("source.image_size", image_size, 1)
-        if channels not in (1, 3):
-            raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.source.channels")
+        super().__init__(image_size, channels)
         if per_class is not None:
             at_least("source.per_class", per_class, 1)
         self.root = Path(root).expanduser()
         self.good = good
-        self.image_size = image_size
-        self.channels = channels
         self.per_class = per_class
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, self.image_size, self.image_size
 
     def load(self, split: Split) -> ImageDataset | None:
         if split == "val":

@@ -50,6 +50,29 @@ class Source(Part):
         return ""
 
 
+class Resized(Source):
+    """Files that are cropped and resized, as by `decode.square`.
+
+    Args:
+        image_size: Height and width in pixels.
+        channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, image_size: int, channels: int = 3) -> None:
+        at_least("source.image_size", image_size, 1)
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.source.channels")
+        self.image_size = image_size
+        self.channels = channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.image_size, self.image_size
+
+
 def at_least(name: str, value: int, bound: int) -> None:
     """Checks the lower bound of an option.
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
-from diffusion_lit.data.source import Source, at_least
+from diffusion_lit.data.source import Resized
 from diffusion_lit.files import whole_file
 
 VERSION = 1
@@ -25,7 +25,7 @@ LONGEST_CAPTION = 1 << 20
 """Bytes of a member with a caption."""
 
 
-class WebDataset(Source):
+class WebDataset(Resized):
     """Tar files in a folder, in the order of their names, whose members belong together where their names agree.
 
     A name counts up to its first dot: `000000012.jpg` and `000000012.txt` are an image and its caption. Members that
@@ -53,20 +53,12 @@ class WebDataset(Source):
         val_root: str | None = None,
         captions: str | None = "txt",
     ) -> None:
-        at_least("source.image_size", image_size, 1)
-        if channels not in (1, 3):
-            raise ValueError(f"channels={channels} is neither 1 (grey) nor 3 (RGB); set --data.source.channels")
+        super().__init__(image_size, channels)
         if captions not in ("txt", "json", None):
             raise ValueError(f"captions={captions!r} is neither txt nor json nor null; set --data.source.captions")
         self.root = Path(root).expanduser()
-        self.image_size = image_size
-        self.channels = channels
         self.val_root = None if val_root is None else Path(val_root).expanduser()
         self.captions = captions
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, self.image_size, self.image_size
 
     def prepare(self) -> None:
         """Reads the headers of all tar files, unless an index is there; the other processes read the index."""
