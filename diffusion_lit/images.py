@@ -11,6 +11,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.files import whole_file
+
 
 def from_uint8(image: Tensor) -> Tensor:
     """Maps 8-bit images, (B, C, H, W), linearly to float32 in [-1, 1]: 0 to -1 and 255 to 1."""
@@ -84,12 +86,5 @@ def save_png(image: Tensor, path: Path | str) -> None:
     Raises:
         OSError: If that is not possible; a picture that was there is as before.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        to_pil(image).save(part, format="PNG")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(Path(path)) as file:
+        to_pil(image).save(file, format="PNG")

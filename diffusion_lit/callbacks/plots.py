@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from diffusion_lit.files import whole_file
 from diffusion_lit.loggers import read_curves
 from diffusion_lit.terminal import printable
 
@@ -144,13 +145,8 @@ def _plot(curves: dict[str, Curve], title: str, quantity: str, path: Path, smoot
     axes.grid(alpha=0.3)
     _set_ticks(axes, np.concatenate(shown))
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, dpi=110, format="png")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     return path
 
 

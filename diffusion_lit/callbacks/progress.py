@@ -115,6 +115,13 @@ def one_bar(callbacks: Sequence[L.Callback], shown: bool | None) -> list[L.Callb
     return [c for c in callbacks if not (isinstance(c, ProgressBar) and (other or shown is False))]
 
 
+def image_bar(trainer: L.Trainer, total: int, title: str) -> tqdm:
+    """A bar over images, below that of training, on the first process unless bars are switched off."""
+    position, shown = int(trainer.training), trainer.is_global_zero and trainer.progress_bar_callback is not None
+    look = {"desc": title, "unit": " images", "bar_format": FORMAT, "position": position}
+    return tqdm(total=total, leave=False, disable=not shown, **look)
+
+
 @contextmanager
 def sampling_bar(trainer: L.Trainer, requests: Requests, title: str) -> Iterator[StepFn]:
     """Shows images done, images per second and time left, on the first process.
@@ -127,18 +134,9 @@ def sampling_bar(trainer: L.Trainer, requests: Requests, title: str) -> Iterator
     Yields:
         The function to call after every sampling step; called with (1, 1) it counts a whole batch.
     """
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     at_once = requests.batch_size * trainer.world_size
     before = 0
-    with tqdm(
-        total=requests.num_images,
-        desc=title,
-        unit=" images",
-        bar_format=FORMAT,
-        position=1 if trainer.training else 0,
-        leave=False,
-        disable=not shown,
-    ) as bar:
+    with image_bar(trainer, requests.num_images, title) as bar:
 
         def on_step(done: int, total: int) -> None:
             nonlocal before
@@ -162,11 +160,7 @@ def counting_bar(trainer: L.Trainer, total: int, title: str) -> Iterator[Callabl
     Yields:
         The function to call with the number of images that this process has just gone through.
     """
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    position = 1 if trainer.training else 0
-    with tqdm(
-        total=total, desc=title, unit=" images", bar_format=FORMAT, position=position, leave=False, disable=not shown
-    ) as bar:
+    with image_bar(trainer, total, title) as bar:
 
         def count(images: int) -> None:
             bar.update(min(images * trainer.world_size, total - bar.n))
