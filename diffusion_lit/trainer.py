@@ -333,9 +333,7 @@ class Trainer(L.Trainer):
         if self.state.status != TrainerStatus.RUNNING or storage_options is not None:
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
-        problem = save(self, os.fspath(filepath), bool(weights_only))
-        if problem is not None:
-            rank_zero_warn(f"{problem}; training continues")
+        save(self, os.fspath(filepath), bool(weights_only))
 
 
 def require_batches(option: str, limit: float) -> None:

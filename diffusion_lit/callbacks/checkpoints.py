@@ -16,7 +16,7 @@ from diffusion_lit.system import NonFiniteGradients
 
 
 def save(trainer: L.Trainer, path: Path | str, weights_only: bool = False) -> str | None:
-    """Writes a checkpoint; collective.
+    """Writes a checkpoint of a run, or warns that it cannot be written; collective.
 
     Returns:
         On every process, why the first could not write it; None if it could.
@@ -28,6 +28,8 @@ def save(trainer: L.Trainer, path: Path | str, weights_only: bool = False) -> st
     except OSError as error:
         problem = f"{path} could not be written ({error.strerror or error})"
     answer: str | None = trainer.strategy.broadcast(problem)
+    if answer is not None:
+        rank_zero_warn(f"{answer}; training continues")
     return answer
 
 
@@ -131,8 +133,6 @@ class Checkpoints(Checkpoint):
         problem = save(trainer, last_checkpoint(trainer.default_root_dir))
         if problem is None:
             self._saved_at = trainer.global_step
-        else:
-            rank_zero_warn(f"{problem}; training continues")
         return problem
 
     def _snapshot(self, trainer: L.Trainer) -> None:
@@ -141,8 +141,6 @@ class Checkpoints(Checkpoint):
             return
         path = last_checkpoint(trainer.default_root_dir).with_name(f"step_{step:08d}.ckpt")
         problem = save(trainer, path)
-        if problem is not None:
-            rank_zero_warn(f"{problem}; training continues")
-        elif self.keep_at_most is not None and trainer.is_global_zero:
+        if problem is None and self.keep_at_most is not None and trainer.is_global_zero:
             for old in snapshots(trainer.default_root_dir)[: -self.keep_at_most]:
                 old.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from diffusion_lit.callbacks.checkpoints import save
@@ -219,8 +219,6 @@ class Evaluation(L.Callback):
         finally:
             if problem is not None:
                 self.best, self.best_step = before
-        if problem is not None:
-            rank_zero_warn(f"{problem}; training continues")
 
     def state_dict(self) -> dict[str, Any]:
         kind = [[type(s).__name__ for s in self.scores], self.extractor.name, self.training_requests.num_images]
