@@ -1,13 +1,13 @@
 """The configuration of diffusers' `AutoencoderKL` and `VQModel`, and the arguments of the equal `Autoencoder`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from diffusion_lit.networks import Autoencoder, DiagonalGaussian, Regularizer, VectorQuantizer
 from diffusion_lit.networks.unet import Level
-from diffusion_lit.tools.diffusers_config import Fixed, differences, image_size, levels_of, whole_numbers
+from diffusion_lit.tools.diffusers_config import Blocks, Fixed, differences, image_size, levels_of, whole_numbers
 from diffusion_lit.tools.scheduler import part
 
 KL, VQ = "AutoencoderKL", "VQModel"
@@ -16,8 +16,7 @@ SCALES = {KL: 0.18215, VQ: 1.0}
 """The factor of a configuration without one. Diffusers takes 0.18215 for a `VQModel` too, but those without one are
 older than this key, and their latents are not scaled."""
 
-DOWN, DOWN_ATTENTION = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
-UP, UP_ATTENTION = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
+BLOCKS = Blocks(("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"))
 
 FIXED: dict[str, Fixed] = {
     KL: {
@@ -80,7 +79,7 @@ def arguments(config: Mapping[str, Any]) -> FirstStage:
             "width": width,
             "multipliers": multipliers,
             "num_blocks": whole_numbers(config, "layers_per_block", 1),
-            "attention": [size >> i for i in attended_levels(config, len(multipliers))],
+            "attention": [size >> i for i in BLOCKS.attended(config, len(multipliers), [False])],
             "middle_attention": bool(config.get("mid_block_add_attention", True)),
             "regularizer": regularizer_of(config),
             "num_groups": whole_numbers(config, "norm_num_groups", 32),
@@ -123,24 +122,6 @@ def scale_of(config: Mapping[str, Any]) -> float:
     return float(scale)
 
 
-def attended_levels(config: Mapping[str, Any], levels: int) -> list[int]:
-    """The levels with attention, from full resolution; encoder and decoder must agree."""
-    down = list(config.get("down_block_types", [DOWN]))
-    up = list(config.get("up_block_types", [UP]))
-    attended = [i for i, kind in enumerate(down) if kind == DOWN_ATTENTION]
-    if (down, up[::-1]) != tuple(block_types([i in attended for i in range(levels)])):
-        raise ValueError(
-            f"down_block_types={down} and up_block_types={up}: our {levels} levels have {DOWN} and {UP}, or with "
-            f"attention {DOWN_ATTENTION} and {UP_ATTENTION}, the same level in both"
-        )
-    return attended
-
-
-def block_types(attended: Sequence[bool]) -> list[list[str]]:
-    """The blocks of encoder and decoder, both from full resolution to the coarsest."""
-    return [[kinds[has] for has in attended] for kinds in ((DOWN, DOWN_ATTENTION), (UP, UP_ATTENTION))]
-
-
 def configuration(network: Autoencoder, scale: float) -> dict[str, Any]:
     """The config.json of an autoencoder.
 
@@ -162,7 +143,6 @@ def configuration(network: Autoencoder, scale: float) -> dict[str, Any]:
     regularizer = network.regularizer
     if type(regularizer) not in (DiagonalGaussian, VectorQuantizer):
         raise ValueError(f"diffusers has no autoencoder with a {type(regularizer).__name__}")
-    down, up = block_types([len(level.attn) > 0 for level in levels])
     shared = {
         "_class_name": KL if regularizer.num_codes is None else VQ,
         "sample_size": network.image_size,
@@ -170,8 +150,7 @@ def configuration(network: Autoencoder, scale: float) -> dict[str, Any]:
         "out_channels": network.in_channels,
         "latent_channels": network.latent_channels,
         "block_out_channels": channels,
-        "down_block_types": down,
-        "up_block_types": up[::-1],
+        **BLOCKS.types([len(level.attn) > 0 for level in levels]),
         "layers_per_block": len(levels[0].block),
         "act_fn": "silu",
         "norm_num_groups": network.encoder.norm_out.num_groups,

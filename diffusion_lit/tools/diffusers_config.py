@@ -1,7 +1,7 @@
 """Reads a network's config.json as diffusers writes it."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from diffusion_lit.networks import ADMUNet
 from diffusion_lit.networks.layers import level_channels
@@ -69,6 +69,29 @@ def levels_of(config: Mapping[str, Any], missing: list[int]) -> tuple[int, list[
     if level_channels(width, multipliers) != channels:
         raise ValueError(f"block_out_channels={channels}: ours are multiples of the first")
     return width, multipliers
+
+
+class Blocks(NamedTuple):
+    """Names of the blocks of encoder and decoder, without attention and with it."""
+
+    down: tuple[str, str]
+    up: tuple[str, str]
+
+    def types(self, attended: Sequence[bool]) -> dict[str, list[str]]:
+        """What a configuration says of levels, from full resolution, of which some have attention."""
+        down, up = ([kinds[has] for has in attended] for kinds in (self.down, self.up))
+        return {"down_block_types": down, "up_block_types": up[::-1]}
+
+    def attended(self, config: Mapping[str, Any], levels: int, missing: Sequence[bool]) -> list[int]:
+        """The levels with attention, from full resolution; ValueError unless encoder and decoder agree."""
+        given = {key: list(config.get(key, kinds)) for key, kinds in self.types(missing).items()}
+        attended = [i for i, kind in enumerate(given["down_block_types"]) if kind == self.down[1]]
+        if given != self.types([i in attended for i in range(levels)]):
+            raise ValueError(
+                f"{' and '.join(f'{key}={kinds}' for key, kinds in given.items())}: our {levels} levels have "
+                f"{self.down[0]} and {self.up[0]}, or with attention {self.down[1]} and {self.up[1]}, in both the same"
+            )
+        return attended
 
 
 def channels_of(config: Mapping[str, Any], missing: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from diffusion_lit.networks import ADMUNet
 from diffusion_lit.networks.adm_blocks import ConditionedResBlock, Stage
 from diffusion_lit.networks.transformer import SpatialTransformer
 from diffusion_lit.tools.diffusers_config import (
+    Blocks,
     Fixed,
     channels_of,
     class_configuration,
@@ -21,8 +22,7 @@ from diffusion_lit.tools.diffusers_config import (
 from diffusion_lit.tools.tensor_names import blocks_per_level
 
 CLASS = "UNet2DConditionModel"
-DOWN, DOWN_ATTENTION = "DownBlock2D", "CrossAttnDownBlock2D"
-UP, UP_ATTENTION = "UpBlock2D", "CrossAttnUpBlock2D"
+BLOCKS = Blocks(("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D"))
 CHANNELS = [320, 640, 1280, 1280]
 """Of each level, where a configuration does not say."""
 
@@ -77,7 +77,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if shift not in ("default", "scale_shift"):
         raise ValueError(f"resnet_time_scale_shift={shift!r} has no equal here; known are 'default', 'scale_shift'")
     size = image_size(config, None)
-    attended = attended_levels(config, len(multipliers))
+    attended = BLOCKS.attended(config, len(multipliers), [True, True, True, False])
     return {
         "image_size": size,
         **channels_of(config, 4),
@@ -118,25 +118,6 @@ def heads_of(config: Mapping[str, Any], attended: Sequence[int]) -> dict[str, in
     )
 
 
-def attended_levels(config: Mapping[str, Any], levels: int) -> list[int]:
-    """The levels with attention, from full resolution; encoder and decoder must agree."""
-    down = list(config.get("down_block_types", block_types([True, True, True, False])[0]))
-    up = list(config.get("up_block_types", block_types([True, True, True, False])[1]))
-    attended = [i for i, kind in enumerate(down) if kind == DOWN_ATTENTION]
-    if (down, up) != block_types([i in attended for i in range(levels)]):
-        raise ValueError(
-            f"down_block_types={down} and up_block_types={up}: our {levels} levels have {DOWN} and {UP}, or with "
-            f"attention {DOWN_ATTENTION} and {UP_ATTENTION}, the same level in both"
-        )
-    return attended
-
-
-def block_types(attended: Sequence[bool]) -> tuple[list[str], list[str]]:
-    """The blocks of the encoder, and of the decoder, which begins with the coarsest level."""
-    down = [DOWN_ATTENTION if has else DOWN for has in attended]
-    return down, [UP_ATTENTION if has else UP for has in reversed(attended)]
-
-
 def configuration(network: ADMUNet) -> dict[str, Any]:
     """The config.json of an `ADMUNet` with a context.
 
@@ -150,7 +131,6 @@ def configuration(network: ADMUNet) -> dict[str, Any]:
     block, transformer = cast(ConditionedResBlock, middle[0]), cast(SpatialTransformer, middle[1])
     _check(network, block, num_blocks)
     by_channels = {m.norm.num_channels: m.heads for m in network.modules() if isinstance(m, SpatialTransformer)}
-    down, up = block_types(attended)
     # A level without attention has heads in the list all the same.
     heads = [by_channels.get(c, transformer.heads) for c in network.channels]
     return {
@@ -158,8 +138,7 @@ def configuration(network: ADMUNet) -> dict[str, Any]:
         "sample_size": network.image_size,
         "in_channels": network.in_channels + network.concat_channels,
         "out_channels": cast(nn.Conv2d, network.out[2]).out_channels,
-        "down_block_types": down,
-        "up_block_types": up,
+        **BLOCKS.types(attended),
         "block_out_channels": list(network.channels),
         "layers_per_block": num_blocks,
         "dropout": cast(nn.Dropout, block.out_layers[2]).p,

@@ -157,7 +157,7 @@ def test_the_factor_is_always_written_because_it_has_a_default_there() -> None:
         ("KL", {"scaling_factor": 0}, ["scaling_factor=0", "above 0"]),
         ("KL", {"scaling_factor": "1"}, ["scaling_factor='1'"]),
         ("KL", {"block_out_channels": [8, 16]}, ["down_block_types", "our 2 levels"]),
-        ("KL", {"up_block_types": AT_4["up_block_types"]}, ["the same level in both"]),
+        ("KL", {"up_block_types": AT_4["up_block_types"]}, ["in both the same"]),
         ("KL", {"latent_channels": "4"}, ["latent_channels='4'", "whole numbers"]),
         ("VQ", {"vq_embed_dim": 5}, ["vq_embed_dim=5", "ours has 3"]),
         ("VQ", {"norm_type": "spatial"}, ["VQModel has no equal here", "norm_type='spatial'"]),

@@ -157,7 +157,7 @@ def test_concatenated_channels_of_a_network_without_context() -> None:
         ({"attention_head_dim": [4]}, ["attention_head_dim=[4]", "each of 2 levels"]),
         ({"attention_head_dim": 0}, ["attention_head_dim=0", "whole numbers"]),
         ({"cross_attention_dim": [6, 6]}, ["cross_attention_dim=[6, 6]", "whole numbers"]),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, ["the same level in both"]),
+        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, ["in both the same"]),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, ["AttnDownBlock2D", "CrossAttnDownBlock2D"]),
         ({"resnet_time_scale_shift": "spatial"}, ["resnet_time_scale_shift='spatial'"]),
         ({"time_embedding_dim": 9}, ["time_embedding_dim=9", "4 x 8"]),
