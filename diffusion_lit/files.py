@@ -3,7 +3,7 @@
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +32,20 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 return
             finally:
                 part.unlink(missing_ok=True)
+
+
+def default_cache_dir() -> Path:
+    """$DIFFUSION_LIT_CACHE, or ~/.cache/diffusion_lit."""
+    return Path(os.environ.get("DIFFUSION_LIT_CACHE") or "~/.cache/diffusion_lit").expanduser()
+
+
+def keep(paths: Iterable[Path], write: Callable[[BinaryIO], object]) -> None:
+    """Writes the first of some files that can be written; none is no error."""
+    for path in paths:
+        with suppress(OSError):
+            with whole_file(path) as file:
+                write(file)
+            return
 
 
 def remove_abandoned(path: Path) -> None:

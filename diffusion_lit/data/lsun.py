@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Resized
-from diffusion_lit.files import whole_file
+from diffusion_lit.files import default_cache_dir, keep
 
 SCENES = (
     "bedroom", "bridge", "church_outdoor", "classroom", "conference_room", "dining_room", "kitchen", "living_room",
@@ -200,8 +200,7 @@ def list_keys(path: Path) -> np.ndarray:
     size = (path / "data.mdb").stat().st_size
     name = f"{count}-{size}.keys.npy"
     where = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("DIFFUSION_LIT_CACHE") or "~/.cache/diffusion_lit").expanduser()
-    kept_at = (path.with_name(f"{path.name}-{name}"), cache / f"{path.name}-{where}-{name}")
+    kept_at = (path.with_name(f"{path.name}-{name}"), default_cache_dir() / f"{path.name}-{where}-{name}")
     for file in kept_at:
         with contextlib.suppress(OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
             keys: np.ndarray = np.load(file, allow_pickle=False)
@@ -210,11 +209,5 @@ def list_keys(path: Path) -> np.ndarray:
     rank_zero_info(f"{path}: listing {count:,} keys, once")
     with environment(path).begin() as transaction:
         keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)), dtype=bytes)
-    for file in kept_at:
-        try:
-            with whole_file(file) as stream:
-                np.save(stream, keys, allow_pickle=False)
-            break
-        except OSError:
-            continue
+    keep(kept_at, lambda stream: np.save(stream, keys, allow_pickle=False))
     return keys

@@ -18,7 +18,7 @@ from diffusion_lit.data.captions import Captions
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
 from diffusion_lit.data.decode import EXTENSIONS, PREPROCESSING, decode, spread, warn_of_small_images
 from diffusion_lit.data.source import Resized
-from diffusion_lit.files import whole_file
+from diffusion_lit.files import default_cache_dir, keep
 
 VERSION = 1
 LONGEST_CAPTION = 1 << 20
@@ -220,8 +220,7 @@ def index_of(root: Path, captions: str | None) -> dict[str, np.ndarray]:
     states = [(path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]]
     name = hashlib.sha256(repr((VERSION, captions, states)).encode()).hexdigest()[:16]
     where = hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("DIFFUSION_LIT_CACHE") or "~/.cache/diffusion_lit").expanduser()
-    kept_at = (root / f".index-{name}.npz", cache / f"{root.name}-{where}-{name}.index.npz")
+    kept_at = (root / f".index-{name}.npz", default_cache_dir() / f"{root.name}-{where}-{name}.index.npz")
     for path in kept_at:
         with (
             contextlib.suppress(OSError, ValueError, EOFError, LookupError, AttributeError, zipfile.BadZipFile),
@@ -247,13 +246,7 @@ def index_of(root: Path, captions: str | None) -> dict[str, np.ndarray]:
         "keys": np.array([member.key.encode(errors="surrogateescape") for _, member in found]),
         "texts": np.frombuffer(texts.encode(errors="replace"), dtype=np.uint8),
     }
-    for path in kept_at:
-        try:
-            with whole_file(path) as file:
-                np.savez(file, **index)
-            break
-        except OSError:
-            continue
+    keep(kept_at, lambda file: np.savez(file, **index))  # type: ignore[arg-type]
     return index
 
 

@@ -15,13 +15,13 @@ from diffusion_lit.callbacks.progress import counting_bar
 from diffusion_lit.data import ImageData
 from diffusion_lit.data.dataset import Split
 from diffusion_lit.evaluation.partial import PartialResults
+from diffusion_lit.files import default_cache_dir
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.reference import (
     Reference,
     cache_path,
     cached_reference,
     compute_reference,
-    default_cache_dir,
 )
 from diffusion_lit.records import key_of
 

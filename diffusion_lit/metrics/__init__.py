@@ -18,7 +18,6 @@ from diffusion_lit.metrics.reference import (
     cache_path,
     cached_reference,
     compute_reference,
-    default_cache_dir,
 )
 from diffusion_lit.metrics.scores import (
     KID,
@@ -60,7 +59,6 @@ __all__ = [
     "cache_path",
     "cached_reference",
     "compute_reference",
-    "default_cache_dir",
     "exact_float32",
     "frechet_distance",
     "one_process",

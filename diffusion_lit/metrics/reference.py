@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lit.files import whole_file
+from diffusion_lit.files import default_cache_dir, whole_file
 from diffusion_lit.metrics.features import FeatureExtractor, outputs_in_memory
 from diffusion_lit.metrics.frechet import FeatureMoments, ReduceSum, check_gaussian, one_process
 
@@ -125,11 +124,6 @@ def _read(path: Path) -> dict[str, Any]:
         found = ", ".join(sorted(keys)) or "nothing"
         raise ValueError(f"{path} has no {' and no '.join(missing)}: it holds {found}")
     return arrays
-
-
-def default_cache_dir() -> Path:
-    """$DIFFUSION_LIT_CACHE, or ~/.cache/diffusion_lit."""
-    return Path(os.environ.get("DIFFUSION_LIT_CACHE") or Path.home() / ".cache" / "diffusion_lit")
 
 
 def cache_path(

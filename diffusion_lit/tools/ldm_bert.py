@@ -12,7 +12,7 @@ from diffusion_lit.conditioners import Text, WordPiece
 from diffusion_lit.conditioners.tokenizer import BEGIN, END, PAD, UNKNOWN
 from diffusion_lit.networks import TextEncoder
 from diffusion_lit.networks.transformer import TokenAttention
-from diffusion_lit.tools.diffusers_config import whole_numbers
+from diffusion_lit.tools.diffusers_config import differences, whole_numbers
 from diffusion_lit.tools.files import check_tensors, is_state, naming, plain_names, read, read_json
 from diffusion_lit.tools.scheduler import part
 
@@ -105,13 +105,12 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             f"the text encoder's configuration is of model_type={config.get('model_type')!r}; only a {CLASS} is read"
         )
     given = {name: whole_numbers(config, key, missing) for name, (key, missing) in ARGUMENTS.items()}
-    fixed = {"activation_function": "gelu", "encoder_ffn_dim": 4 * given["width"], "max_position_embeddings": LENGTH}
-    missing = {"activation_function": "gelu", "encoder_ffn_dim": 5120, "max_position_embeddings": LENGTH}
-    different = [
-        f"{key}={config.get(key, missing[key])!r} where ours has {ours!r}"
-        for key, ours in fixed.items()
-        if config.get(key, missing[key]) != ours
-    ]
+    fixed = {
+        "activation_function": ("gelu", "gelu"),
+        "encoder_ffn_dim": (4 * given["width"], 5120),
+        "max_position_embeddings": (LENGTH, LENGTH),
+    }
+    different = differences(config, fixed, config.keys())
     if different:
         raise ValueError(f"this {CLASS} has no equal here: {'; '.join(different)}")
     return given

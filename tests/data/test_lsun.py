@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from diffusion_lit import files
 from diffusion_lit.data import CorruptImage, CorruptImageWarning, ImageData, lsun
 from diffusion_lit.data.batches import Batches, as_is
 from diffusion_lit.data.decode import SmallImageWarning
@@ -209,14 +210,14 @@ def test_keys_go_to_the_cache_where_the_folder_cannot_be_written(
             raise PermissionError(file)
         return write_file(file)
 
-    monkeypatch.setattr(lsun, "whole_file", read_only)
+    monkeypatch.setattr(files, "whole_file", read_only)
     for path in (root / "tower_train_lmdb", root / "tower_val_lmdb"):
         list_keys(path)
     assert sorted(file.name.split("-")[0] for file in cache.iterdir()) == [
         "tower_train_lmdb",
         "tower_val_lmdb",
     ]
-    monkeypatch.setattr(lsun, "whole_file", write_file)
+    monkeypatch.setattr(files, "whole_file", write_file)
     assert len(list_keys(root / "tower_train_lmdb")) == 10
     assert not list(root.glob("*.npy"))
 

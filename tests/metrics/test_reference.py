@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion_lit.files import default_cache_dir
 from diffusion_lit.metrics import (
     Pixels,
     Reference,
@@ -14,7 +15,6 @@ from diffusion_lit.metrics import (
     cache_path,
     cached_reference,
     compute_reference,
-    default_cache_dir,
 )
 
 
