@@ -139,8 +139,13 @@ def square(image: Image.Image, image_size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if max(image.size) >= CUT_FROM * min(image.size):
         return _resized_centre(image, image_size)
+    return centre(image, image_size, Image.Resampling.BICUBIC)
+
+
+def centre(image: Image.Image, image_size: int, resampling: Image.Resampling) -> Image.Image:
+    """Scales the short side to `image_size` in one step and cuts out the centre."""
     scale = image_size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resampling)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
     return image.crop((left, top, left + image_size, top + image_size))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.data.dataset import CorruptImage, Example, ImageDataset, Split
-from diffusion_lit.data.decode import DECODING_ERRORS, reason_of, upright
+from diffusion_lit.data.decode import DECODING_ERRORS, centre, reason_of, upright
 from diffusion_lit.data.degradation import Bicubic, Degradation
 from diffusion_lit.data.folder import FolderImages
 from diffusion_lit.data.masks import LaMaMasks, Masks
@@ -272,16 +272,8 @@ def read_map(
             )
         source = upright(source, picture)
     if image_size is not None:
-        source = nearest_square(source, image_size)
+        source = centre(source, image_size, Image.Resampling.NEAREST)
     array = np.array(source).astype(np.uint8)
     if num_classes is not None and array.max() >= num_classes:
         raise ValueError(f"map {path} has class {array.max()}, and there are {num_classes}, from 0 on")
     return torch.from_numpy(array)[None]
-
-
-def nearest_square(image: Image.Image, image_size: int) -> Image.Image:
-    """Scales the short side to `image_size` by nearest neighbours and cuts out the centre, where `square` does."""
-    scale = image_size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
