@@ -74,10 +74,6 @@ class CLIPText(Prompts):
         offsets = encoded["offset_mapping"]
         return [Word(text[offsets[found[0]][0] : offsets[found[-1]][1]], found) for found in places.values()]
 
-    @property
-    def unknown(self) -> int | None:
-        return None
-
     def save(self, folder: Path) -> None:
         """Writes the tower and its tokenizer into the folders `text_encoder` and `tokenizer`."""
         from transformers.utils import logging

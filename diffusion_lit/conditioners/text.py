@@ -61,9 +61,9 @@ class Prompts(Conditioner):
         """The words of a text, in order, each with the places of its tokens among the L; what was cut is left out."""
 
     @property
-    @abstractmethod
     def unknown(self) -> int | None:
         """The token of what the vocabulary cannot express; None: it can express everything."""
+        return None
 
     def forward(self, given: Condition, codec: Codec) -> Condition:
         if "caption" not in given:

@@ -225,9 +225,6 @@ class CLIPScore(Score):
         super().__init__()
         self.towers = Frozen(load_towers("CLIPScore", checkpoint).network)
 
-    def check(self, num_images: int) -> None:
-        pass
-
     def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
         if "caption" not in condition:
             raise ValueError("CLIPScore needs a model of texts; leave the score out")

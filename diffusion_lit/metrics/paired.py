@@ -35,9 +35,6 @@ class PairedScore(Score):
     def compare(self, images: Tensor, targets: Tensor) -> Tensor:
         """Compares images, float32 (B, C, H, W) in [0, 1], with their targets: (B,)."""
 
-    def check(self, num_images: int) -> None:
-        """One image is enough."""
-
     def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
         if "image" not in condition:
             raise ValueError(
@@ -110,9 +107,6 @@ class FeatureDistance(Score):
     """
 
     against = "targets"
-
-    def check(self, num_images: int) -> None:
-        """One image is enough."""
 
     def __call__(self, evidence: Evidence, extractor: FeatureExtractor) -> dict[str, float]:
         if evidence.targets is None:

@@ -50,9 +50,6 @@ class PromptAgreement(Score):
         check_words("PromptAgreement.words", words, 2)
         self.words = [list(group) for group in words]
 
-    def check(self, num_images: int) -> None:
-        pass
-
     def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
         return {"prompt_agreement.class": find_words(_captions(condition), self.words)}
 
@@ -91,9 +88,6 @@ class InkAgreement(Score):
         check_words("InkAgreement.more and less", [more, less], 2)
         self.words = [list(group) for group in words]
         self.more, self.less = list(more), list(less)
-
-    def check(self, num_images: int) -> None:
-        pass
 
     def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
         texts = _captions(condition)

@@ -71,9 +71,8 @@ class Score(Part):
     def prepare(self) -> None:
         """Loads what the score needs besides its extractor, once; see `FeatureExtractor.prepare`."""
 
-    @abstractmethod
     def check(self, num_images: int) -> None:
-        """Raises ValueError if so many images, generated or real, are too few."""
+        """Raises ValueError if so many images, generated or real, are too few; by default one is enough."""
 
     def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
         """What the score needs of single images besides their features; {}: nothing.

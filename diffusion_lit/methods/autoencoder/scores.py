@@ -25,9 +25,6 @@ class CodebookUse(Score):
     def __init__(self) -> None:
         super().__init__()
 
-    def check(self, num_images: int) -> None:
-        """One image is enough."""
-
     def per_image(self, generator: nn.Module, images: Tensor, condition: Condition) -> dict[str, Tensor]:
         if not isinstance(generator, AutoencoderModule) or generator.num_codes is None:
             raise ValueError(
