@@ -56,18 +56,7 @@ def asked_conditions(
     map: str | None = None,
     mask_white: White = "hole",
 ) -> Conditions | None:
-    """What was asked for by name; None: nothing in particular.
-
-    Args:
-        model: Is to make the images.
-        labels: Classes; see `parse_labels`.
-        per_class: See `parse_labels`.
-        prompts: Texts, one for each image.
-        prompts_file: Instead, a file with one on each line.
-        image: A file, or a folder of images that are made from one each, in the order of their paths.
-        mask: Likewise, masks.
-        map: Likewise, maps of classes.
-        mask_white: What is white in the masks.
+    """What was asked for by name, by the options of `predict`; None: nothing in particular.
 
     Raises:
         ValueError: If the model cannot be asked for that, two of them exclude each other, or something is missing.
@@ -105,13 +94,6 @@ def asked_pictures(
     """Images, masks and maps asked for by their files, as a model takes them, and what `predict` wrote into them.
 
     An image is the low-resolution image of models that take one.
-
-    Args:
-        model: Is to make the images.
-        image: See `asked_conditions`, as for the others.
-        mask: Likewise.
-        map: Likewise.
-        mask_white: Likewise.
 
     Raises:
         ValueError: If the model takes no such thing, or a file cannot be used.

@@ -50,14 +50,7 @@ class Example(TypedDict):
 
     All examples of a dataset have the same keys, and their tensors, but for captions, the same shapes.
 
-    Attributes:
-        image: uint8, (C, H, W).
-        label: Class index.
-        caption: A text as UTF-8 bytes, uint8 (L,), of any length: see `diffusion_lit.text`.
-        map: Segmentation map, edges or another spatial condition, (..., W); mirrored with the image.
-        low_res: The image at a lower resolution, uint8 (C, h, w); mirrored with the image.
-        mask: 1 where pixels are known and 0 in holes, uint8 (1, H, W); mirrored with the image.
-        moments: What a first stage makes of the image and of its mirror image, (2, M, h, w).
+    They are those of a `Batch` as it leaves the loader, without B; what is spatial is mirrored with the image.
     """
 
     image: Tensor
