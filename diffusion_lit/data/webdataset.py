@@ -246,7 +246,7 @@ def index_of(root: Path, captions: str | None) -> dict[str, np.ndarray]:
         "keys": np.array([member.key.encode(errors="surrogateescape") for _, member in found]),
         "texts": np.frombuffer(texts.encode(errors="replace"), dtype=np.uint8),
     }
-    keep(kept_at, lambda file: np.savez(file, **index))  # type: ignore[arg-type]
+    keep(kept_at, lambda file: np.savez(file, **index))
     return index
 
 
