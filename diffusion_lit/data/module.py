@@ -196,10 +196,8 @@ class ImageData(L.LightningDataModule, Part):
                     ready[key] = torch.where(chosen, entry.flip(-1), entry)
         return cast(Batch, scaled(ready))
 
-    def reference_batches(
-        self, rank: int, world_size: int, batch_size: int, split: Split = "train"
-    ) -> Iterator[Tensor]:
-        """Every image of a split once, as stored, for reference statistics.
+    def stored_batches(self, rank: int, world_size: int, batch_size: int, split: Split = "train") -> Iterator[Batch]:
+        """Every image of a split once, as stored, such as for reference statistics.
 
         Args:
             rank: This process, in [0, world_size); it gets images rank, rank + world_size, ...
@@ -208,11 +206,13 @@ class ImageData(L.LightningDataModule, Part):
             split: Which split.
 
         Yields:
-            uint8, (B, C, H, W), not mirrored, 1 <= B <= batch_size; nothing if the process has no readable image.
-            `num_images` gives their exact number afterwards.
+            `image` uint8 (B, C, H, W), not mirrored, 1 <= B <= batch_size, and what else the dataset has; nothing if
+            the process has no readable image. `num_images` gives their exact number afterwards.
         """
-        for batch in self.stored_batches(rank, world_size, batch_size, split):
-            yield batch["image"]
+        sampler = OnePass(len(self.dataset(split)), batch_size, rank, world_size)
+        for batch in self._loader(split, sampler, keep_workers=False):
+            if len(batch["image"]):
+                yield batch
 
     def some(self, indices: Sequence[int], split: Split = "train") -> Batch:
         """Images of a split by index, as stored: `image` uint8 (B, C, H, W), and what else the dataset has.
@@ -234,15 +234,8 @@ class ImageData(L.LightningDataModule, Part):
             batch["moments"] = batch["moments"][:, 0]
         return cast(Batch, scaled(batch))
 
-    def stored_batches(self, rank: int, world_size: int, batch_size: int, split: Split = "train") -> Iterator[Batch]:
-        """Like `reference_batches`, but yields whole batches."""
-        sampler = OnePass(len(self.dataset(split)), batch_size, rank, world_size)
-        for batch in self._loader(split, sampler, keep_workers=False):
-            if len(batch["image"]):
-                yield batch
-
     def num_images(self, split: Split = "train", rank: int = 0, world_size: int = 1) -> int:
-        """Readable images in a process's share of a split: as many as `reference_batches` has yielded.
+        """Readable images in a process's share of a split: as many as `stored_batches` has yielded.
 
         An image counts as readable until it was found not to be, so call this after the pass.
         """

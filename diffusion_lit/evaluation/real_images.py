@@ -24,6 +24,7 @@ from diffusion_lit.metrics.reference import (
     compute_reference,
 )
 from diffusion_lit.records import key_of
+from diffusion_lit.types import Batch
 
 BATCH = 250
 
@@ -87,8 +88,7 @@ class RealImages:
             name = self.extractor.metric_name
             rank_zero_info(f"{name}: computing reference statistics of {images.name}, {len(images):,} images")
             with counting_bar(trainer, len(images), "real images") as count:
-                batches = data.reference_batches(*process, BATCH, self.split)
-                counted = call_after(batches, lambda batch: count(len(batch)))
+                counted = images_of(data.stored_batches(*process, BATCH, self.split), count)
                 readable = partial(data.num_images, self.split, *process)
                 return compute_reference(counted, self.extractor, device, sums, readable, images.name)
 
@@ -142,11 +142,11 @@ class RealImages:
         return kept.columns(len(batches))
 
 
-def call_after(batches: Iterable[Tensor], done: Callable[[Tensor], None]) -> Iterator[Tensor]:
-    """The same batches; `done` is called with each once it has been used."""
+def images_of(batches: Iterable[Batch], done: Callable[[int], object]) -> Iterator[Tensor]:
+    """The images of batches; `done` is called with the number of each once they have been used."""
     for batch in batches:
-        yield batch
-        done(batch)
+        yield batch["image"]
+        done(len(batch["image"]))
 
 
 def choose_batches(available: int, count: int) -> Sequence[list[int]]:

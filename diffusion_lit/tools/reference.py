@@ -7,16 +7,16 @@ name of the dataset and the extractor.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.data import ImageData, Split
+from diffusion_lit.evaluation.real_images import images_of
 from diffusion_lit.files import remove_abandoned
 from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, compute_reference
 from diffusion_lit.parts import Slot, path_of
@@ -35,14 +35,9 @@ def statistics(
     """
     images = data.dataset(split)
     with tqdm(desc=images.name, total=len(images), unit=" images") as bar:
-
-        def batches() -> Iterator[Tensor]:
-            for batch in data.reference_batches(0, 1, batch_size, split):
-                yield batch
-                bar.update(len(batch))
-
+        batches = images_of(data.stored_batches(0, 1, batch_size, split), bar.update)
         readable = partial(data.num_images, split)
-        return compute_reference(batches(), extractor, device, expected=readable, name=images.name)
+        return compute_reference(batches, extractor, device, expected=readable, name=images.name)
 
 
 def main(args: Sequence[str]) -> None:

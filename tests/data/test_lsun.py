@@ -152,7 +152,7 @@ def test_workers_serve_training_validation_and_statistics(root: Path) -> None:
     one, other = iter(alone.train_dataloader()), iter(helped.train_dataloader())
     for _ in range(6):
         assert torch.equal(next(one)["image"], next(other)["image"])
-    statistics = [torch.cat(list(data.reference_batches(0, 1, 3))) for data in (alone, helped)]
+    statistics = [torch.cat([b["image"] for b in data.stored_batches(0, 1, 3)]) for data in (alone, helped)]
     assert torch.equal(*statistics)
     assert len(statistics[0]) == 10
 
@@ -249,7 +249,7 @@ def test_a_corrupt_image_stops_and_its_key_is_named(broken: tuple[Path, int, str
 def test_skipped_images_are_counted_also_by_workers(broken: tuple[Path, int, str], num_workers: int) -> None:
     root, bad, _ = broken
     data = ImageData(LSUN(str(root), "cat", 16), num_workers=num_workers, on_corrupt="skip")
-    batches = list(data.reference_batches(0, 1, 2))
+    batches = [batch["image"] for batch in data.stored_batches(0, 1, 2)]
     assert data.corrupt() == [bad]
     assert sum(len(batch) for batch in batches) == data.num_images() == 5
     images = LSUNImages("cat", root / "cat", 16)

@@ -207,7 +207,7 @@ def test_a_step_that_cannot_be_divided_names_the_nearest_that_can(
 def test_statistics_and_tests_see_every_image_once_over_all_ranks(world_size: int) -> None:
     data, statistics, tested = ImageData(Numbered(), eval_batch_size=4), [], []
     for rank in range(world_size):
-        batches = list(data.reference_batches(rank, world_size, 4))
+        batches = [batch["image"] for batch in data.stored_batches(rank, world_size, 4)]
         assert all(batch.dtype == torch.uint8 and len(batch) <= 4 for batch in batches)
         numbers = [int(image[0, 0, 0]) for batch in batches for image in batch]
         assert numbers == sorted(numbers)
@@ -259,7 +259,7 @@ def test_each_part_is_loaded_once_and_only_when_needed() -> None:
     data.setup("fit")
     data.setup("fit")
     data.train_dataloader()
-    list(data.reference_batches(0, 1, 8))
+    list(data.stored_batches(0, 1, 8))
     assert loaded == ["train", "val"]
     data.setup("test")
     assert loaded == ["train", "val", "test"]
@@ -277,7 +277,7 @@ def test_loading_leaves_the_random_state_of_the_model_alone() -> None:
     expected = torch.rand(3)
     torch.manual_seed(0)
     next(iter(data.train_dataloader()))
-    list(data.reference_batches(0, 1, 8))
+    list(data.stored_batches(0, 1, 8))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -440,7 +440,7 @@ def test_an_empty_share_has_as_many_batches_as_any_other(count: int, broken: tup
         lengths |= {len(loader), len(batches)}
         assert all(batch["image"].shape[1:] == (1, 4, 4) for batch in batches)
         seen += [int(label) for batch in batches if "label" in batch for label in batch["label"]]
-        found = [len(batch) for batch in data.reference_batches(rank, world_size, 2, "test")]
+        found = [len(batch["image"]) for batch in data.stored_batches(rank, world_size, 2, "test")]
         assert 0 not in found
         assert sum(found) == data.num_images("test", rank, world_size)
         stored += found
@@ -478,7 +478,7 @@ def test_two_processes_validate_although_one_has_nothing_to_read(
 @pytest.mark.filterwarnings(f"ignore::{CorruptImageWarning.__module__}.CorruptImageWarning")
 def test_in_one_pass_a_corrupt_image_is_dropped_and_an_empty_batch_passed_over(photo_folder: Write) -> None:
     data = ImageData(Folder(str(photo_folder(broken=(0, 1, 4))), 16, in_memory=False), on_corrupt="skip")
-    batches = list(data.reference_batches(0, 1, 2))
+    batches = [batch["image"] for batch in data.stored_batches(0, 1, 2)]
     assert [len(batch) for batch in batches] == [2, 1]
     assert torch.equal(torch.cat(batches), data.dataset("train").batch([2, 3, 5])["image"])
     assert [data.num_images("train", rank, 2) for rank in range(2)] == [1, 2]
@@ -487,7 +487,7 @@ def test_in_one_pass_a_corrupt_image_is_dropped_and_an_empty_batch_passed_over(p
 def test_a_corrupt_image_stops_one_pass_too(photo_folder: Write) -> None:
     data = ImageData(Folder(str(photo_folder(broken=(4,))), 16, in_memory=False))
     with pytest.raises(CorruptImage, match=r"004\.jpg"):
-        list(data.reference_batches(0, 1, 2))
+        list(data.stored_batches(0, 1, 2))
 
 
 def test_a_run_without_validation_images_trains(photo_folder: Write) -> None:

@@ -116,7 +116,7 @@ def test_training_from_moments_reads_no_pixels_unless_something_needs_them(
     assert len(tiny.curves(tmp_path)["train/loss"]) == 2
     # Pictures and references have them, and conditions that are made from images.
     assert data.some([1])["image"].shape == (1, 1, 8, 8)
-    assert next(data.reference_batches(0, 1, 4)).shape[1:] == (1, 8, 8)
+    assert next(data.stored_batches(0, 1, 4))["image"].shape[1:] == (1, 8, 8)
     holes = ImageData(Holes(data.source), batch_size=32)
     assert {"image", "mask", "moments"} <= next(iter(holes.train_dataloader())).keys()
     assert {"image", "moments"} <= next(iter(with_moments(images, stage, pixels=True).train_dataloader())).keys()
