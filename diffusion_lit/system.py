@@ -367,8 +367,7 @@ class System(Weighted):
     def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         stepping.seed_step(self.seed, stepping.VALIDATION, self.global_rank, batch_idx)
 
-    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        stepping.seed_step(self.seed, stepping.VALIDATION, self.global_rank, batch_idx)
+    on_test_batch_start = on_validation_batch_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         count = batch_size(batch)
@@ -383,8 +382,7 @@ class System(Weighted):
     def on_validation_epoch_start(self) -> None:
         self._totals.clear()
 
-    def on_test_epoch_start(self) -> None:
-        self._totals.clear()
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         self._log_totals("val")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion_lit.codec import Codec, Shape
+from diffusion_lit.codec import Codec
 from diffusion_lit.conditioners.spatial import Spatial
 from diffusion_lit.types import Condition, Part
 
@@ -74,9 +74,6 @@ class MaskedImage(Spatial):
     def __init__(self, convention: MaskConvention = LatentDiffusion(), dropout: float = 0.0) -> None:
         super().__init__(dropout)
         self.convention = convention
-
-    def shape_of(self, entry: str, image_shape: Shape, latent_shape: Shape) -> Shape:
-        return image_shape if entry == "image" else (1, *image_shape[1:])
 
     def concat(self, given: Condition, codec: Codec) -> Tensor:
         image, known, told = given["image"], known_pixels(given), self.convention

@@ -138,10 +138,8 @@ class LSUNImages(ImageDataset):
             raise CorruptImage(f"{self.path}, key {key.decode(errors='replace')}: {error}", index) from error
 
     def preload(self, skip_corrupt: bool) -> ImageDataset:
-        def open_file(index: int) -> io.BytesIO:
-            return io.BytesIO(self._file(index))
-
-        warn_of_small_images(self.name, self.image_size, len(self), spread(len(self)), open_file)
+        chosen = spread(len(self))
+        warn_of_small_images(self.name, self.image_size, len(self), chosen, lambda i: io.BytesIO(self._file(i)))
         return self
 
     def _file(self, index: int) -> bytes:

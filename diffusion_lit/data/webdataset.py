@@ -123,10 +123,8 @@ class TarImages(ImageDataset):
             raise CorruptImage(f"{tar}, {self.keys[index].decode(errors='replace')}: {error}", index) from error
 
     def preload(self, skip_corrupt: bool) -> ImageDataset:
-        def open_file(index: int) -> io.BytesIO:
-            return io.BytesIO(self.data(index))
-
-        warn_of_small_images(self.name, self.image_size, len(self), spread(len(self)), open_file)
+        chosen = spread(len(self))
+        warn_of_small_images(self.name, self.image_size, len(self), chosen, lambda i: io.BytesIO(self.data(i)))
         return self
 
     def fingerprint(self) -> str:

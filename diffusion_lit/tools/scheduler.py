@@ -31,6 +31,7 @@ from diffusion_lit.diffusion import (
 from diffusion_lit.diffusion.grid import Grid
 from diffusion_lit.diffusion.schedule import Schedule
 from diffusion_lit.networks import ADMUNet, UNet
+from diffusion_lit.tools.diffusers_config import differences
 from diffusion_lit.tools.unet2d import out_channels
 
 DDPM_CLASS, DDIM_CLASS, PNDM_CLASS = "DDPMScheduler", "DDIMScheduler", "PNDMScheduler"
@@ -96,12 +97,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             refused.append(f"prediction_type={config['prediction_type']!r} where only 'epsilon' is known")
     if clip and config.get("clip_sample_range", 1.0) != 1.0:
         refused.append(f"clip_sample_range={config['clip_sample_range']!r} where only 1.0 is known")
-    known = {*FIXED, *READ, *UNUSED}
-    refused += [
-        f"{key}={value!r}, which is not known here"
-        for key, value in config.items()
-        if key not in known and not key.startswith("_") and value not in (None, False)
-    ]
+    refused += differences(config, {}, (*FIXED, *READ, *UNUSED))
     if refused:
         raise ValueError(f"this {kind} has no equal here: {'; '.join(refused)}")
     steps = config.get("num_train_timesteps", 1000)
