@@ -102,10 +102,19 @@ def innermost(error: BaseException) -> BaseException:
     """The error that another one hides: the parser wraps what a part raises, Lightning fails to close a loader."""
     while is_raised_in(error, _WRAPPERS) and is_hidden(error.__cause__ or error.__context__):
         if (found := of_a_part(str(error))) is not None:
-            return ValueError(found)
+            # A bug in a part says more by its kind and its line.
+            root = root_of(error)
+            return root if isinstance(root, OTHER_ERRORS) and str(root) in found else ValueError(found)
         error = cast(BaseException, error.__cause__ or error.__context__)
     found = of_a_part(str(error)) if "Union subtypes" in str(error) else None
     return error if found is None else ValueError(found)
+
+
+def root_of(error: BaseException) -> BaseException:
+    """The first of the errors that caused one another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def of_a_part(text: str) -> str | None:

@@ -226,9 +226,9 @@ class DiffusionModule(Generator):
         super().load(checkpoint, weights, path)
         self.objective.trained(checkpoint.get("global_step") or 0)
 
-    def initialize(self, checkpoint: Mapping[str, Any]) -> list[str]:
+    def initialize(self, checkpoint: Mapping[str, Any], weights: str = AVERAGED) -> list[str]:
         self.codec.restore(checkpoint.get("codec", {}))
-        return super().initialize(checkpoint)
+        return super().initialize(checkpoint, weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.codec.restore(checkpoint.get("codec", {}))

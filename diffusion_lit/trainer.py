@@ -127,6 +127,7 @@ class Trainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         init_from: str | None = None,
+        weights: str = AVERAGED,
     ) -> None:
         """Trains a model.
 
@@ -134,8 +135,9 @@ class Trainer(L.Trainer):
             model: The model.
             datamodule: The data.
             ckpt_path: A checkpoint to continue from, or "last": the run's own newest that is whole, if it has one.
-            init_from: A checkpoint whose averaged weights a new run starts from; optimiser, data and steps are new. A
-                class embedding for another number of classes starts at random.
+            init_from: A checkpoint from whose weights a new run starts; optimiser, data and steps are new. A class
+                embedding for another number of classes starts at random.
+            weights: Which of the weights of `init_from`: "averaged", "raw", or a decay such as "0.999".
 
         Raises:
             ValueError: If the run directory cannot be written to, is in use, or holds a run that would be overwritten;
@@ -147,6 +149,8 @@ class Trainer(L.Trainer):
                 f"ckpt_path={ckpt_path} continues a run and init_from={init_from} starts one; give one of them, or "
                 "--ckpt_path last beside --init_from, which continues the run if there is one"
             )
+        if init_from is None and weights != AVERAGED:
+            raise ValueError(f"weights={weights!r} are those of --init_from, which is not given")
         if isinstance(model, System):
             model.check_training(self)
         if self.world_size > 1 and datamodule is not None and not isinstance(datamodule, ImageData):
@@ -166,7 +170,7 @@ class Trainer(L.Trainer):
             if self.is_global_zero:
                 tidy(run_dir, None if start is None else start[0])
             if ckpt_path is None and init_from is not None:
-                initialize(model, init_from)
+                initialize(model, init_from, weights)
             if ckpt_path is None and isinstance(model, System):
                 model.start(datamodule, self.strategy.root_device)
             before = {"curves": 0} if start is None else start[1]
@@ -349,13 +353,13 @@ def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
-def initialize(model: L.LightningModule, path: str) -> None:
-    """Gives a new run the averaged weights of a checkpoint; see `Weighted.initialize`."""
+def initialize(model: L.LightningModule, path: str, weights: str) -> None:
+    """Gives a new run weights of a checkpoint; see `Weighted.initialize`."""
     if not isinstance(model, System):
         raise ValueError(f"init_from: a {type(model).__name__} is no System")
     if not Path(path).is_file():
         raise FileNotFoundError(f"init_from={path}: there is no such file")
-    fresh = model.initialize(read_checkpoint(path))
+    fresh = model.initialize(read_checkpoint(path), weights)
     rank_zero_info(f"starting from the weights of {path}" + (f"; at random: {', '.join(fresh)}" if fresh else ""))
 
 

@@ -146,10 +146,14 @@ class Weighted(L.LightningModule, Part):
         name = checkpoint.get("weights", RAW) if weights == AVERAGED else weights
         self.loaded = Loaded(None if path is None else Path(path), checkpoint.get("global_step"), name)
 
-    def initialize(self, checkpoint: Mapping[str, Any]) -> list[str]:
-        """Takes over the averaged weights of a checkpoint as the start of another run.
+    def initialize(self, checkpoint: Mapping[str, Any], weights: str = AVERAGED) -> list[str]:
+        """Takes over the weights of a checkpoint as the start of another run.
 
         An embedding for another number of entries, such as classes, keeps its random start.
+
+        Args:
+            checkpoint: The content of the checkpoint.
+            weights: Which of its weights; see `choose_weights`.
 
         Returns:
             The names of the tensors that keep their random start.
@@ -157,7 +161,7 @@ class Weighted(L.LightningModule, Part):
         Raises:
             ValueError: If the tensors are not those of this module, or a weight is not finite.
         """
-        own, given = self.state_dict(), choose_weights(checkpoint)
+        own, given = self.state_dict(), choose_weights(checkpoint, weights)
         embeddings = {
             f"{name}.weight" for name, module in self.named_modules() if isinstance(module, torch.nn.Embedding)
         }

@@ -3,6 +3,9 @@
 import time
 
 import lightning.pytorch as L
+from torch import Tensor
+
+from diffusion_lit.types import Condition, Network
 
 
 class FailsAt(L.Callback):
@@ -31,3 +34,15 @@ class FailsAt(L.Callback):
         if self.hangs:
             time.sleep(3600)
         raise ValueError(f"on purpose in process {self.rank}")
+
+
+class Broken(Network):
+    """A network whose constructor has a mistake."""
+
+    def __init__(self, image_size: int, in_channels: int = 1) -> None:
+        super().__init__()
+        self.image_size, self.in_channels = image_size, in_channels
+        self.width = [16, 32][image_size]
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
+        return x

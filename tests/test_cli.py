@@ -256,6 +256,14 @@ def test_a_bad_setting_is_refused_by_value_bound_and_remedy_before_anything_is_k
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_mistake_in_a_part_of_ones_own_is_named_by_its_kind_and_line(
+    refused: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    network = ["--model.network", "tests.faults.Broken", "--model.network.image_size", "8", "--trust", "tests.faults"]
+    line = refused(["fit", "-c", "digits", *CPU, *QUIET, "--trainer.default_root_dir", str(tmp_path), *network])
+    assert re.match(r"IndexError: list index out of range \(.*faults\.py, line \d+\); for more set", line)
+
+
 def test_missing_data_are_refused(refused: Callable[[list[str]], str], tmp_path: Path) -> None:
     small = ["--model.network.width", "32", "--evaluation.every_n_steps", "null", *QUIET]
     line = refused(fit_args(tmp_path / "run", *small, "--data.source.root", "nowhere", recipe="folder"))
@@ -525,6 +533,7 @@ def test_the_program_s_help_names_every_command_and_imports_next_to_nothing(repo
     assert not {"torch", "lightning", "jsonargparse", "numpy"} & set(re.findall(r"'(\w+)'", done.stdout))
 
 
+@pytest.mark.further
 def test_completion_offers_commands_options_classes_and_recipes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

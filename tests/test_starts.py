@@ -108,6 +108,27 @@ def test_a_run_starts_from_weights_with_another_number_of_classes(tmp_path: Path
     assert trainer.global_step == 0
 
 
+def test_a_run_starts_from_the_weights_asked_for(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path / "first", 2).fit(tiny.module(), tiny.data())
+    first = str(tiny.last(tmp_path / "first"))
+    checkpoint = tiny.load(Path(first))
+    for weights, expected in (("averaged", "state_dict"), ("raw", "current_model_state")):
+        recorder = tiny.Recorder()
+        made = tiny.trainer(tmp_path / weights, 1, [recorder], logger=False)
+        made.fit(tiny.module(), tiny.data(), init_from=first, weights=weights)
+        assert recorder.weights[0]
+        assert all(torch.equal(value, checkpoint[expected][n].double()) for n, value in recorder.weights[0].items())
+    assert not tiny.identical(checkpoint["state_dict"], checkpoint["current_model_state"])
+    for options, message in (
+        ({"init_from": first, "weights": "0.3"}, r"weights='0\.3' are not in the checkpoint"),
+        ({"weights": "raw"}, r"weights='raw' are those of --init_from, which is not given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.trainer(tmp_path / "refused", 1).fit(tiny.module(), tiny.data(), **options)
+    with pytest.raises(FileNotFoundError, match=r"init_from=nowhere\.ckpt: there is no such file"):
+        tiny.trainer(tmp_path / "refused", 1).fit(tiny.module(), tiny.data(), init_from="nowhere.ckpt")
+
+
 def test_a_run_does_not_start_from_weights_of_another_network(tmp_path: Path) -> None:
     tiny.trainer(tmp_path / "first", 1).fit(tiny.module(), tiny.data())
     with pytest.raises(ValueError, match="the checkpoint is of another architecture"):
