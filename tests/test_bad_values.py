@@ -79,6 +79,7 @@ def test_a_value_of_another_kind_than_an_option_s_is_refused_by_its_key(recipe: 
     assert refused > len(keys)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("option", "value", "line"),
     [

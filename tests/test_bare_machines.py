@@ -84,6 +84,7 @@ def folder(root: Path) -> list[str]:
     return ["--data.source", "Folder", "--data.source.root", str(root), *read, "--data.num_workers", "2"]
 
 
+@pytest.mark.further
 def test_the_digits_train_and_wandb_stays_offline(tmp_path: Path, bare: Bare) -> None:
     code, said = bare(fit_args(tmp_path / "run"))
     assert code == 0, said

@@ -298,6 +298,7 @@ def test_options_that_were_changed_once_go_on_unchanged(tmp_path: Path, caplog: 
     assert rate == pytest.approx(cosine(1e-4, **COSINE)(6), rel=1e-9)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("changed", "line"),
     [

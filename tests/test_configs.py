@@ -63,7 +63,7 @@ COMPARED = (
 """Families of recipes that other tests make too, and compare with their papers."""
 
 
-@pytest.mark.few(15)
+@pytest.mark.few(10)
 @pytest.mark.parametrize("recipe", ALL)
 def test_every_recipe_instantiates_without_touching_data(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate(recipe, monkeypatch)

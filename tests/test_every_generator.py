@@ -89,7 +89,7 @@ def test_a_run_in_two_parts_ends_as_one_in_one_bit_for_bit(
     assert_same(whole, tmp_path)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_a_run_killed_between_two_file_operations_ends_as_one_that_was_not(
     make: Callable[[], Generator], whole: Path, tmp_path: Path
 ) -> None:
@@ -105,7 +105,7 @@ def test_a_run_killed_between_two_file_operations_ends_as_one_that_was_not(
     assert_same(whole, tmp_path)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_two_processes_hold_the_same_weights_and_resume_bit_for_bit(
     make: Callable[[], Generator], tmp_path: Path
 ) -> None:

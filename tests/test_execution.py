@@ -79,6 +79,7 @@ def test_a_compiled_network_with_dropout_is_resumed_exactly(tmp_path: Path) -> N
     assert tiny.identical(whole["current_model_state"], parts["current_model_state"])
 
 
+@pytest.mark.further
 def test_evaluations_of_a_compiled_network_are_counted() -> None:
     model = tiny.module()
     model.execute(Execution(compile=BACKEND))

@@ -169,6 +169,7 @@ MANY = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("make", "step", "count"), [*(pytest.param(make, 4, 2, id=make.__name__) for make in SYSTEMS[1:]), *MANY]
 )

@@ -83,7 +83,7 @@ def agrees(recorded: Any, resolved: Any) -> bool:
     return recorded == resolved or resolved is None or (recorded == {} and resolved is MISSING)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("recipe", VARIOUS)
 def test_parts_say_what_the_command_line_made_them_of(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = instantiate(recipe, monkeypatch)
@@ -118,6 +118,7 @@ def test_a_loaded_model_that_is_trained_on_carries_its_configuration_too(tmp_pat
     assert one == two
 
 
+@pytest.mark.further
 def test_the_commands_take_the_checkpoint_of_a_model_made_in_python(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

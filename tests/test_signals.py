@@ -48,7 +48,7 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slurm", [False, True])
 @pytest.mark.parametrize(
     ("signum", "code"),

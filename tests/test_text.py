@@ -76,6 +76,7 @@ def test_what_a_text_model_cannot_be_asked_is_one_line(tmp_path: Path) -> None:
         module(conditioner=text).sample([0], condition={})
 
 
+@pytest.mark.further
 def test_encoder_and_network_learn_and_are_averaged(tmp_path: Path) -> None:
     system = run(tmp_path, 4)
     checkpoint = tiny.load(tiny.last(tmp_path))

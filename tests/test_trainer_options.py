@@ -198,7 +198,7 @@ def test_options_that_work_change_nothing_together_and_continue_exactly(tmp_path
     assert differ(plain, tiny.load(tiny.last(tmp_path))) == []
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SAME)
 def test_an_option_that_works_changes_nothing_and_continues_exactly(
     name: str, tmp_path: Path, plain: dict[str, Any]
@@ -233,7 +233,7 @@ def test_a_refused_callback_is_named(name: str, make: Callable[[], L.Callback], 
     assert len(str(refusal.value)) < 400
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_callback_that_works_changes_nothing_and_continues_exactly(
     name: str, tmp_path: Path, plain: dict[str, Any]

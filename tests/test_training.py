@@ -118,7 +118,7 @@ HOOKS = [
 """Where a run of two batches per step fails, at which call, and the step that it keeps."""
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("hook", "call", "kept"), HOOKS)
 def test_a_failed_run_keeps_its_newest_whole_step_and_resumes_exactly(
     tmp_path: Path, hook: str, call: int, kept: int | None

@@ -231,6 +231,7 @@ def test_samples_have_the_moments_of_their_gaussians(
     assert found.variance == pytest.approx(variance, rel=1e-9)
 
 
+@pytest.mark.few(5)
 @each
 @pytest.mark.parametrize(
     "sampler",
@@ -254,6 +255,7 @@ def test_with_many_steps_samples_have_the_moments_of_the_data(process: Process, 
 START = times(-1.5, -0.6, -0.1, 0.3, 0.9, 2.0).reshape(-1, 1, 1, 1)
 
 
+@pytest.mark.few(5)
 @each
 @pytest.mark.parametrize(
     ("sampler_with", "order"),

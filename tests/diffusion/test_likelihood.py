@@ -180,6 +180,7 @@ def excess_bits(deviation: float, large: bool) -> float:
     return float(np.sum(ratio - 1 - np.log(ratio)) + prior) / 2 / math.log(2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("variance", VARIANCES, ids=named)
 def test_for_gaussian_data_the_bound_is_the_entropy_and_what_fixed_variances_cost(
     variance: ReverseVariance,

@@ -122,6 +122,7 @@ def test_ddim_has_the_moments_of_its_gaussians(steps: int | None, eta: float) ->
     assert (eta == 0) == (not found.impulses.any())
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "sampler",
     [

@@ -41,6 +41,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
+@pytest.mark.further
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_every_score_is_what_torch_fidelity_says_of_the_same_files(inception_file: Path, tmp_path: Path) -> None:
     from sklearn.datasets import load_digits

@@ -201,7 +201,7 @@ def test_data_without_captions_are_refused() -> None:
 # Guidance
 
 
-@pytest.mark.few(1)
+@pytest.mark.further
 @pytest.mark.parametrize("run", ["noised", "clean"])
 def test_guidance_makes_images_agree_with_their_texts_in_the_eyes_of_other_towers(
     run: str, noised: Path, clean: Path

@@ -80,7 +80,7 @@ CONSISTENCY: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("recipe", CONSISTENCY)
 def test_recipes_of_consistency_models_are_the_papers_to_the_number(
     recipe: str, monkeypatch: pytest.MonkeyPatch

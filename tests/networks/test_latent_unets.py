@@ -340,6 +340,7 @@ def theirs(**changes: Any) -> Any:
     return network.eval()
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("ours", "others"),
     [

@@ -81,6 +81,7 @@ def test_diffusers_autoencoder_computes_the_same_here(form: str, dtype: torch.dt
     assert_equal_autoencoders(ours, reference, tolerance)
 
 
+@pytest.mark.few(5)
 @EVERY_FORM
 @PRECISIONS
 @torch.no_grad()

@@ -324,6 +324,7 @@ def test_the_text_encoder_is_loaded_without_its_unused_head(tmp_path: Path) -> N
     assert {name for name in found if "cond_stage" not in name} < state.keys()
 
 
+@pytest.mark.further
 def test_texts_need_their_vocabulary_which_goes_with_them(tmp_path: Path) -> None:
     """Files of that code do not hold it: the recipe names BERT's. Ours do."""
     sizes: dict[str, Any] = {"vocabulary": 9, "length": 5, "width": 6, "depth": 1, "num_heads": 1, "head_channels": 2}

@@ -42,6 +42,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
 @torch.no_grad()
 def test_diffusers_network_gives_the_same_output_here(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ ADM_NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("changes", ADM_NETWORKS.values(), ids=ADM_NETWORKS)
 @torch.no_grad()
 def test_a_network_of_diffusers_defaults_is_adms_and_gives_the_same_output_here(

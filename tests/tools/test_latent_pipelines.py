@@ -325,6 +325,7 @@ def test_a_scale_written_is_the_number_that_was_given(tmp_path: Path) -> None:
     assert json.loads((folder / "vqvae" / "config.json").read_text())["scaling_factor"] == 0.18215
 
 
+@pytest.mark.further
 def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     path = own_checkpoint(tmp_path, {"scale": 0.5})
     first = load_model(path, DiffusionModule)

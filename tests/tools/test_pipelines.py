@@ -122,6 +122,7 @@ def test_texts_of_stable_diffusion(folders: Folders) -> None:
     agree(here(model, given, 1.0), there(folder, guidance_scale=1.0, **asked))
 
 
+@pytest.mark.further
 def test_the_scheduler_of_stable_diffusion(folders: Folders, tmp_path: Path) -> None:
     """That of its published folders; and what the pipeline sets, whatever the folder says."""
     pndm = PNDMScheduler(T, 0.02, 0.5, "scaled_linear", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
@@ -327,7 +328,7 @@ class Anything:
     """What a pickle may ask for."""
 
 
-@pytest.mark.few(1)
+@pytest.mark.further
 @pytest.mark.parametrize(("kind", "place"), [("text_to_image", "bert"), ("stable_diffusion", "text_encoder")])
 def test_pickles_of_text_encoders(kind: str, place: str, folders: Folders, tmp_path: Path, capsys: Any) -> None:
     """Are read where they hold tensors alone."""

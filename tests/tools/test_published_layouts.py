@@ -65,6 +65,7 @@ def optimizer_state() -> dict[str, Any]:
     return {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 2e-4, "params": [0]}]}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("attended", [[1], [0, 1], []])
 @pytest.mark.parametrize("multipliers", [[1, 2], [2, 1]])
 @torch.no_grad()
@@ -159,6 +160,7 @@ FORMS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @torch.no_grad()
 def test_openais_network_gives_the_same_output(form: Form, tmp_path: Path) -> None:

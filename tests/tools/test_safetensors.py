@@ -136,6 +136,7 @@ def test_without_their_metadata_a_recipe_is_asked_for(tmp_path: Path) -> None:
         imported(file)
 
 
+@pytest.mark.further
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
     file = exported(tmp_path)
     with safe_open(file, "pt") as content:

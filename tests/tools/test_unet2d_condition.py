@@ -75,6 +75,7 @@ def both(ours: ADMUNet, reference: Any) -> tuple[Tensor, Tensor]:
     return found, reference(torch.cat([x, concat], 1), TIMES, *given, **labels).sample
 
 
+@pytest.mark.few(8)
 @EVERY_FORM
 @PRECISIONS
 @torch.no_grad()
@@ -85,6 +86,7 @@ def test_diffusers_network_gives_the_same_output_here(form: str, dtype: torch.dt
     assert_close(*both(ours, reference), tolerance=tolerance)
 
 
+@pytest.mark.few(8)
 @EVERY_FORM
 @PRECISIONS
 @torch.no_grad()
