@@ -134,7 +134,10 @@ class CLI(LightningCLI):
             sys.stdout.write(yaml.safe_dump(self.tree, sort_keys=False))
             raise SystemExit(0)
         fill_save_dir(self.tree["trainer"].get("logger"), self.tree["trainer"].get("default_root_dir") or ".")
-        require(self.tree, slots)
+        path = self.command.option("ckpt_path") if self.command.name in LOADING else None
+        if self.command.name == "predict" and path is not None and self.tree.get("data") is None:
+            self.tree["data"] = {"class_path": "lightning.pytorch.LightningDataModule"}  # images need no data
+        require(self.tree, slots, path)
         check_seeds(self.tree)
         self.off = [name for name in SECTIONS if name in self.tree and self.tree[name] is None]
         keys = self._subcommand_parsers[self.command.name].callback_keys

@@ -151,19 +151,26 @@ def run_name(command: Command) -> str | None:
     return Path(files[-1]).stem if files else None
 
 
-def require(tree: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
+def require(tree: Mapping[str, Any], slots: Mapping[str, Slot], ckpt_path: str | None = None) -> None:
     """Checks that parts have all the arguments that they need.
 
     Args:
         tree: A configuration that `Merge` has made.
         slots: Its sections.
+        ckpt_path: The checkpoint whose configuration lies below it, for messages.
 
     Raises:
         ValueError: That names the first argument that is missing.
     """
     for name in ("model", "data"):
-        if name in slots and tree.get(name) is None:
+        if name not in slots or tree.get(name) is not None:
+            continue
+        if ckpt_path is None:
             raise ValueError(f"there is no {name}; give a recipe by -c, such as -c cifar10, or --ckpt_path CHECKPOINT")
+        remedy = (
+            "--data.source CLASS, such as --data.source Folder --data.source.root FOLDER" if name == "data" else "-c"
+        )
+        raise ValueError(f"{ckpt_path} carries no configuration of its {name}; give it by {remedy}")
     for name, value in tree.items():
         _require_arguments(value, name)
 

@@ -230,7 +230,9 @@ class Merge:
             raise self._absent(name, bases, key)
         if not fits(part, bases) and not (inspect.isfunction(part) and not is_ours(part)):
             kinds = " or ".join(base.__name__ for base in bases)
-            raise self._error(key, f"{name} is no {kinds}; there are {', '.join(sorted(candidates(bases)))}")
+            remedy = "" if is_ours(part) else f"derive it from {path_of(bases[0])}, or choose one of "
+            there = remedy or "there are "
+            raise self._error(key, f"{name} is no {kinds}; {there}{', '.join(sorted(candidates(bases)))}")
         if inspect.isabstract(part):
             raise self._error(key, f"{name} is abstract; choose one of {', '.join(sorted(candidates(bases)))}")
         return part

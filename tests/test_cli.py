@@ -461,6 +461,10 @@ def test_an_option_that_has_another_name_now_says_the_new_one(old: str, new: str
         (["--model.sampler", "diffusion_lit.diffusion.DDMI"], "did you mean 'DDIM'"),
         (["--data.source", "diffusion_lit.data.Digit"], "did you mean 'Digits'"),
         (["--model.sampler", "UNet"], "UNet is no Sampler; there are Ancestral, DDIM, DPMSolver, Heun"),
+        (
+            ["--model.network", "torch.nn.Conv2d"],
+            "derive it from diffusion_lit.types.Network, or choose one of ADMUNet",
+        ),
         (["--model.sampler", "Sampler"], "Sampler is abstract; choose one of Ancestral, DDIM"),
         (["--model.network", "my.pkg.Net"], "there is no my.pkg.Net: No module named 'my'"),
         (["--model.network", "my pkg"], "'my pkg' is not the name of a class"),

@@ -103,6 +103,9 @@ def test_a_plain_data_module_crops_at_random(place: Path, monkeypatch: pytest.Mo
         assert load_model("pictures.ckpt").image_shape == (3, 64, 64)
 
     run_python("Train on a LightningDataModule of your own", place, monkeypatch, check)
+    [words] = commands(SECTIONS["Train on a LightningDataModule of your own"])
+    finish(in_place([*words, *QUIET, *DRAWN]), place, monkeypatch)
+    assert len(list((place / "drawn").iterdir())) == 2
 
 
 @pytest.mark.further

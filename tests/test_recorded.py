@@ -132,6 +132,22 @@ def test_the_commands_take_the_checkpoint_of_a_model_made_in_python(
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
+def test_a_checkpoint_without_data_makes_images_and_says_which_option_scores_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = dict(torch.load(plain_lightning(model(), tmp_path / "model.ckpt"), weights_only=True))
+    del content["config"]["data"]
+    path = str(tmp_path / "bare.ckpt")
+    torch.save(content, path)
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
+    main(["predict", "--ckpt_path", path, "--num_images", "2", *quiet])
+    assert (tmp_path / "predictions" / "bare_seed_0" / "000001.png").is_file()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", path, *quiet])
+    assert "bare.ckpt carries no configuration of its data; give it by --data.source CLASS" in capsys.readouterr().err
+
+
 def test_what_was_replaced_after_construction_is_recorded_as_it_is_now(tmp_path: Path) -> None:
     system = model(sampler=DDIM(steps=3))
     system.sampler = Heun(steps=5)
