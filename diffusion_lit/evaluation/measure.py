@@ -1,8 +1,9 @@
 """Measures something of many images on all processes, resumably, and puts it on record."""
 
+import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -116,16 +117,48 @@ def measure(
         return record
 
 
-def known(trainer: L.Trainer, system: System, key: Mapping[str, Any], compared: Mapping[str, Any]) -> Record | None:
-    """The newest record of the run that agrees in everything that its outcome depends on, if any; collective."""
+def known(
+    trainer: L.Trainer,
+    system: System,
+    key: Mapping[str, Any],
+    compared: Mapping[str, Any],
+    texts: Collection[str] = (),
+) -> Record | None:
+    """The newest record of the run that agrees in everything that its outcome depends on, if any; collective.
+
+    Args:
+        trainer: Its run directory has the records.
+        system: What was measured.
+        key: See `measure`.
+        compared: Likewise.
+        texts: Further entries that a result has, lists of texts.
+    """
     wanted = {"weights": digest(system.state_dict().items()), **key, **compared}
-    return on_rank_zero(trainer, lambda: newest_record(Path(trainer.default_root_dir), wanted))
+    return on_rank_zero(trainer, lambda: newest_record(Path(trainer.default_root_dir), wanted, texts))
 
 
-def newest_record(run_dir: Path, wanted: Mapping[str, Any]) -> Record | None:
-    """The newest record of a run that has all these entries, if there is one."""
+def newest_record(run_dir: Path, wanted: Mapping[str, Any], texts: Collection[str] = ()) -> Record | None:
+    """The newest result of a run that has all these entries, if there is one; see `known`."""
     matching = [r for r in read_records(run_dir / RESULTS) if all(r.get(k) == v for k, v in wanted.items())]
-    return matching[-1] if matching else None
+    return next((r for r in reversed(matching) if is_result(r, texts)), None)
+
+
+def is_result(record: Record, texts: Collection[str] = ()) -> bool:
+    """Whether the entries of a record are of the kinds that `measure` writes; the file may be somebody else's."""
+    moment, scores = record.get("time"), record.get("scores")
+    lists = [record.get(name) for name in texts]
+    if not isinstance(moment, str) or not isinstance(scores, dict) or not scores:
+        return False
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
+        return False
+    counts = [record.get("num_images"), record.get("evaluations")]
+    values = [*counts, record.get("process_seconds"), *scores.values()]
+    try:
+        known_zone = datetime.fromisoformat(moment).tzinfo is not None
+        finite = all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    except (ValueError, OverflowError):
+        return False
+    return known_zone and finite and all(type(count) is int for count in counts) and record["num_images"] > 0
 
 
 def open_partial(partial: PartialResults, requests: Requests) -> None:

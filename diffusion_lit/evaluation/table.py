@@ -22,6 +22,7 @@ from diffusion_lit.callbacks.collective import on_rank_zero
 from diffusion_lit.checkpoint import AVERAGED, read_checkpoint
 from diffusion_lit.diffusion import Sampler
 from diffusion_lit.generator import Generator
+from diffusion_lit.records import RESULTS
 from diffusion_lit.types import Part
 
 
@@ -182,6 +183,11 @@ def fill(table: Table, evaluate: Callable[[Cell], Mapping[str, Any]], trainer: L
             generator.load(read_checkpoint(cell.checkpoint), cell.weights, cell.checkpoint)
         with table.applied(cell, generator):
             record = evaluate(cell)
+        if filled and record["scores"].keys() != filled[0][1]["scores"].keys():
+            names = ", ".join(map(repr, record["scores"].keys() ^ filled[0][1]["scores"].keys()))
+            raise ValueError(
+                f"{run_dir / RESULTS}: the results of a table differ in their scores ({names}); move the file away"
+            )
         computed = datetime.fromisoformat(record["time"]) >= begun.replace(microsecond=0)
         forecast.add(evaluations(cell, generator), time.monotonic() - clock if computed else None)
         comparable = cell.published is not None and table.compares(generator, record)

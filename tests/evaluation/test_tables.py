@@ -1,6 +1,7 @@
 """Tables are filled for a checkpoint in `test`, and what is on record is not evaluated again."""
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from diffusion_lit.evaluation import (
     Table,
     tables,
 )
+from diffusion_lit.evaluation.measure import newest_record
 from diffusion_lit.evaluation.table import Forecast
 from diffusion_lit.evaluation.tables import NETWORKS, PUBLISHED
 from diffusion_lit.images import from_uint8
@@ -85,6 +87,39 @@ def test_ddims_table_has_every_cell_once_and_only_new_cells_are_computed(checkpo
     # Another number of images is another table.
     fill(checkpoint, DDIMTable([2], [0.0], sigma_hat=False), num_images=6)
     assert len(read_records(run / RESULTS)) == 10
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        *[
+            {name: value}
+            for name in ("time", "scores", "num_images", "evaluations")
+            for value in (None, [1], "x", True)
+        ],
+        *[{"scores": {"fid": value}} for value in (None, "1", [1], True, float("nan"), float("inf"), 10**400)],
+        *[{"time": "2026-01-01T00:00:00"}, {"scores": {}}, {"num_images": 0}, {"num_images": 1.5}],
+        *[{"process_seconds": value} for value in (None, "1", float("nan"))],
+        *[{"names": value} for value in (None, "x", [1])],
+    ],
+    ids=lambda forged: str(forged)[:60],
+)
+def test_a_record_that_is_no_result_is_passed_over(forged: dict[str, Any], tmp_path: Path) -> None:
+    good = {
+        **{"key": 1, "time": "2026-01-01T00:00:00+00:00", "scores": {"fid": 1.5}, "num_images": 4},
+        **{"evaluations": 0, "process_seconds": 1, "names": ["a"]},
+    }
+    (tmp_path / RESULTS).write_text(f"{json.dumps(good)}\n{json.dumps({**good, **forged})}\n")
+    assert newest_record(tmp_path, {"key": 1}, ["names"]) == good
+
+
+def test_a_record_with_other_scores_is_named(checkpoint: Path) -> None:
+    path = checkpoint.parent.parent / RESULTS
+    fill(checkpoint, DDIMTable([2, 3], [0.0], sigma_hat=False))
+    first, second = path.read_text().splitlines()
+    path.write_text(first.replace('frechet/pixels": ', 'fid": ', 1) + f"\n{second}\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl: the results of a table differ in their scores \('f"):
+        fill(checkpoint, DDIMTable([2, 3], [0.0], sigma_hat=False))
 
 
 def test_published_values_stand_only_beside_their_own_data_features_process_and_network(checkpoint: Path) -> None:

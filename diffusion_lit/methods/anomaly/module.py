@@ -219,7 +219,7 @@ class AnoDDPM(DiffusionModule):
             return self._conclude(columns, images)
 
         with self.averaged_weights():
-            record = known(self.trainer, self, key, compared) if reuse else None
+            record = known(self.trainer, self, key, compared, ("without_masks", "empty_masks")) if reuse else None
             if record is None:
                 record = measure(self.trainer, self, "anomalies", key, compared, requests, work, finish)
         rank_zero_info(summary(record))
