@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffusion_lit.files import whole_file
@@ -41,30 +41,54 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
 
 
-def tile(images: Tensor, columns: int | None = None, tile_size: int = 64, gap: int = 4) -> Tensor:
+def tile(
+    images: Tensor,
+    columns: int | None = None,
+    tile_size: int = 64,
+    gap: int = 4,
+    rows: Sequence[str] = (),
+) -> Tensor:
     """Lays images out in a grid, row by row.
 
     Args:
         images: 8-bit images, (B, C, H, W).
         columns: Tiles per row; by default as square a grid as B allows.
-        tile_size: Images smaller than this are enlarged bicubically to it, so that a person can see them.
+        tile_size: Lower images are enlarged by a whole number to at least this height, so that a person sees their
+            pixels.
         gap: White pixels between tiles.
+        rows: What is written to the left of each row; nothing beyond those that are given.
 
     Returns:
         One 8-bit image, (C, rows, columns).
     """
     count, channels, height, width = images.shape
-    if height < tile_size:
-        scale = tile_size / height
-        images = F.interpolate(images.float(), scale_factor=scale, mode="bicubic", align_corners=False)
-        images = images.round().clamp(0, 255).to(torch.uint8)
-        height, width = images.shape[-2:]
+    factor = math.ceil(tile_size / height)
+    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    height, width = images.shape[-2:]
     columns = columns or math.ceil(math.sqrt(count))
     missing = -count % columns
     white = torch.full((missing, channels, height, width), 255, dtype=torch.uint8)
     tiles = F.pad(torch.cat([images.cpu(), white]), (0, gap, 0, gap), value=255)
     canvas = rearrange(tiles, "(row column) c h w -> c (row h) (column w)", column=columns)
-    return canvas[:, : canvas.shape[1] - gap, : canvas.shape[2] - gap]
+    canvas = canvas[:, : canvas.shape[1] - gap, : canvas.shape[2] - gap]
+    return torch.cat([_margin(rows, canvas.shape, height + gap), canvas], 2) if rows else canvas
+
+
+def _margin(texts: Sequence[str], shape: Sequence[int], pitch: int) -> Tensor:
+    """Texts one below the other, black on white, (C, rows, columns), as high as the grid to their right.
+
+    Args:
+        texts: One for each row of the grid.
+        shape: Of the grid, (C, rows, columns).
+        pitch: Pixels from one row of the grid to the next.
+    """
+    font = ImageFont.load_default()
+    _, top, right, bottom = zip(*map(font.getbbox, texts), strict=True)
+    margin = Image.new("L", (math.ceil(max(right)) + 8, shape[1]), 255)
+    draw = ImageDraw.Draw(margin)
+    for row, text in enumerate(texts):
+        draw.text((4, row * pitch + (pitch - max(bottom) - min(top)) // 2), text, fill=0, font=font)
+    return torch.from_numpy(np.array(margin)).expand(shape[0], -1, -1)
 
 
 def save_animation(frames: Sequence[Tensor], path: Path | str, seconds: float = 4.0) -> None:

@@ -161,6 +161,9 @@ def test_predict_writes_the_images_asked_for_and_says_of_what_they_are(tmp_path:
     np.testing.assert_allclose(arrays["arr_0"].mean((1, 2, 3)) / 255 * 8, [3, 3, 1], atol=0.02)
     assert predict(tmp_path / "b", model(), labels="3,1", num_images=5)[0] == ["3", "1", "3", "1", "3"]
     assert predict(tmp_path / "c", model(), per_class=2, batch_size=3)[0] == [str(i // 2) for i in range(10)]
+    with Image.open(tmp_path / "c_grid.png") as grid, Image.open(tmp_path / "b_grid.png") as other:
+        assert (grid.height, other.width) == (5 * 68 - 4, 3 * 68 - 4)
+        assert grid.width > 2 * 68 - 4  # the rows' classes beside them
     assert predict(tmp_path / "d", model(), num_images=7)[0] == ["0", "1", "2", "3", "4", "0", "1"]
     assert predict(tmp_path / "e", model(Blind()), num_images=2)[0] == [None, None]
 

@@ -1,5 +1,6 @@
 """Writes what `predict` generates."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +20,8 @@ from diffusion_lit.text import decode_text
 
 GRID = 100
 ANIMATED = 16
+LONGEST = 24
+"""Characters of a class's name beside the grid."""
 
 
 class ImageWriter(L.Callback):
@@ -32,7 +35,7 @@ class ImageWriter(L.Callback):
         directory: Where to; made if it is not there.
         requests: What is generated.
         npz: Whether to write the .npz file.
-        columns: Of the grid; as square as may be by default.
+        columns: Of the grid, whose rows are then classes, and named; as square as may be by default.
         animate: Whether to write <directory>_animation.png too, in which the first 16 images come about: as predicted
             at each step ("x0"), or with their noise ("x_t").
     """
@@ -86,7 +89,7 @@ class ImageWriter(L.Callback):
         self._stack.close()
         trainer.strategy.barrier("image_writer")
         if trainer.is_global_zero:
-            self._gather()
+            self._gather(getattr(pl_module, "class_names", None))
             if self.animate is not None and isinstance(pl_module, Generator):
                 self._animate(pl_module, self.animate)
 
@@ -102,7 +105,7 @@ class ImageWriter(L.Callback):
         save_animation([tile(to_uint8(frame)) for frame in frames], path)
         rank_zero_info(str(path))
 
-    def _gather(self) -> None:
+    def _gather(self, class_names: Sequence[str] | None) -> None:
         images, labels = [], []
         for index in range(self.requests.num_images):
             with Image.open(self.path(index)) as image:
@@ -113,7 +116,9 @@ class ImageWriter(L.Callback):
         stacked = np.stack(images)
         shown = torch.from_numpy(stacked[:GRID].transpose(0, 3, 1, 2).copy())
         grid, npz = (self.directory.with_name(self.directory.name + end) for end in ("_grid.png", ".npz"))
-        save_png(tile(shown, self.columns), grid)
+        classes = [] if self.columns is None else [int(label) for label in labels[: GRID : self.columns] if label]
+        rows = [str(label) if class_names is None else class_names[label] for label in classes]
+        save_png(tile(shown, self.columns, rows=[row[:LONGEST] for row in rows]), grid)
         made = f"{self.requests.num_images} images; {grid}"
         if self.npz:
             arrays = {"arr_0": stacked}

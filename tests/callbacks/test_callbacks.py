@@ -30,7 +30,7 @@ from diffusion_lit.callbacks.interval import Interval
 from diffusion_lit.callbacks.plots import _set_ticks, _smoothed, closing_words, plot_run
 from diffusion_lit.diffusion import DDIM
 from diffusion_lit.evaluation import Evaluation
-from diffusion_lit.images import to_uint8
+from diffusion_lit.images import tile, to_uint8
 from diffusion_lit.loggers import METRICS, Curves, read_curves
 from diffusion_lit.metrics import Pixels
 from diffusion_lit.module import DiffusionModule
@@ -309,6 +309,22 @@ def test_images_are_written_with_labels_as_png_npz_and_grid(tmp_path: Path) -> N
     # Nothing but samples, so that other programs can score the folder.
     assert sorted(path.name for path in out.iterdir()) == [f"{i:06}.png" for i in range(5)]
     assert size(out.with_name("seed_3_grid.png")) == (3 * 68 - 4, 2 * 68 - 4)
+
+
+def test_small_images_are_enlarged_pixel_by_pixel_and_the_rows_of_a_grid_named() -> None:
+    images = torch.arange(4 * 2 * 2, dtype=torch.uint8).reshape(4, 1, 2, 2) * 15
+    grid = tile(images, columns=2, tile_size=5, gap=1)
+    assert grid.shape == (1, 2 * 6 + 1, 2 * 6 + 1)  # three pixels for one
+    assert torch.equal(grid[:, :6, 7:], images[1].repeat_interleave(3, 1).repeat_interleave(3, 2))
+    named = tile(images, columns=2, tile_size=32, rows=["cat", "a dog"])
+    bare = tile(images, columns=2, tile_size=32)
+    width = named.shape[2] - bare.shape[2]
+    margin = named[..., :width]
+    assert torch.equal(named[..., width:], bare)
+    ink = (255 - margin.float()).reshape(68, -1)
+    assert ink[:34].sum() > 0
+    assert ink[34:].sum() > ink[:34].sum()
+    assert ink[[0, 33, 34, 67]].sum() == ink[:, 0].sum() == 0
 
 
 def test_without_labels_there_are_none_and_without_npz_no_file(tmp_path: Path) -> None:
