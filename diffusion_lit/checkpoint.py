@@ -112,7 +112,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         ValueError: If it is damaged, or holds more than tensors and plain data.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long, where Path.is_file raises
         raise FileNotFoundError(f"ckpt_path={path}: there is no such file")
     status = path.stat()
     key = (str(path.resolve()), status.st_mtime_ns, status.st_size, status.st_ino)

@@ -357,7 +357,7 @@ def initialize(model: L.LightningModule, path: str, weights: str) -> None:
     """Gives a new run weights of a checkpoint; see `Weighted.initialize`."""
     if not isinstance(model, System):
         raise ValueError(f"init_from: a {type(model).__name__} is no System")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"init_from={path}: there is no such file")
     fresh = model.initialize(read_checkpoint(path), weights)
     rank_zero_info(f"starting from the weights of {path}" + (f"; at random: {', '.join(fresh)}" if fresh else ""))
