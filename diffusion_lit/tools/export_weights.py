@@ -17,6 +17,7 @@ from torch import nn
 
 from diffusion_lit.checkpoint import AVERAGED, load_model, read_checkpoint
 from diffusion_lit.codecs import FirstStage
+from diffusion_lit.locks import locked
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.networks import Autoencoder
 from diffusion_lit.system import System
@@ -49,19 +50,21 @@ def write_safetensors(model: System, folder: Path, checkpoint: dict[str, Any], w
 
 
 def write_whole(folder: Path, write: Callable[[Path], object]) -> None:
-    """Writes a folder beside its place and renames it once it is complete.
+    """Writes a folder beside its place and renames it once it is complete; removes what a killed process left there.
 
     Raises:
         ValueError: If the folder holds something.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something already; choose another folder with --out")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, folder)
-    finally:
+    part = folder.with_name(f".{folder.name}.part")
+    with locked(folder.with_name(f".{folder.name}.lock"), "exports", remove=True):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} holds something already; choose another folder with --out")
         shutil.rmtree(part, ignore_errors=True)
+        try:
+            write(part)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def main(args: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ networks do.
 
 import argparse
 import copy
+import glob
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from diffusion_lit.checkpoint import AVERAGED, RAW, WholeFiles
+from diffusion_lit.checkpoint import AVERAGED, PART, RAW, WholeFiles
 from diffusion_lit.codecs import FirstStage
 from diffusion_lit.codecs.files import fingerprint_of
 from diffusion_lit.command import known_elsewhere, without
 from diffusion_lit.conditioners import Text
 from diffusion_lit.configuration import Merge, build
 from diffusion_lit.data import Folder, ImageData
+from diffusion_lit.locks import locked
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.parts import MISSING
 from diffusion_lit.recipes import layers
@@ -386,5 +388,8 @@ def main(args: Sequence[str]) -> None:
     announce(source)
     run = import_folder if source.is_dir() else import_file
     imported = run(source, given.config, given.weights, given.trust)
-    save(imported.model, imported.config, out)
+    with locked(out.with_name(f".{out.name}.lock"), "imports", remove=True):
+        for part in out.parent.glob(f"{glob.escape(out.name)}.*{PART}"):
+            part.unlink(missing_ok=True)  # of a process that was killed
+        save(imported.model, imported.config, out)
     print(printable(report(imported, source, out)))

@@ -298,6 +298,14 @@ def test_a_model_that_diffusers_has_not_is_refused(changes: dict[str, Any], word
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_export_left_behind_is_removed_by_the_next(tmp_path: Path) -> None:
+    out, torn = tmp_path / "out", tmp_path / ".out.part" / "torn"
+    torn.parent.mkdir()
+    torn.touch()
+    export_weights.write_whole(out, Path.mkdir)
+    assert list(tmp_path.rglob("*")) == [out]
+
+
 def test_a_grid_that_diffusers_has_not_becomes_its_usual_one() -> None:
     model = DiffusionModule(ours(), DiscreteProcess(T), sampler=DDIM(10, grid=Quadratic()))
     config = scheduler.configuration(model.process, model.denoiser.parameterization, model.sampler, ours())
