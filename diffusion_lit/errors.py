@@ -3,6 +3,7 @@
 An error of this package itself keeps its traceback, and says how to report it.
 """
 
+import errno
 import os
 import re
 import sys
@@ -60,6 +61,9 @@ def report(error: Exception) -> NoReturn:
         fail(f"another process has failed or does not answer, see its own error ({' '.join(text.split())[:200]})")
     if isinstance(cause, MemoryError) or any(words in text for words in NO_MEMORY):
         fail(f"there is not enough memory ({text or 'MemoryError'}); use smaller batches or a smaller network")
+    if isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG:
+        name = str(cause.filename)
+        fail(f"the file name {name[:40]}... is too long ({len(name)} characters); give a shorter one")
     if isinstance(cause, ModuleNotFoundError) and not str(cause.name).startswith(_PACKAGE):
         fail(f"{text}; install it with pip, or choose another part")
     if is_users(cause):

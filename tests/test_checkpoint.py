@@ -151,7 +151,7 @@ def test_foreign_files_are_refused_in_one_line_and_nothing_in_them_runs(tmp_path
     assert not mark.exists()
     with pytest.raises(FileNotFoundError, match=r"absent\.ckpt: there is no such file"):
         read_checkpoint(tmp_path / "absent.ckpt")
-    with pytest.raises(FileNotFoundError, match="ckpt_path=x*: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=x*: there is no such file"):
         read_checkpoint(300 * "x")
 
 

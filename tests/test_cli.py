@@ -501,6 +501,12 @@ def test_an_incomplete_command_says_what_is_missing(refused: Callable[[list[str]
     assert "data.source.root is missing, which Folder needs; give --data.source.root" in line
 
 
+def test_a_file_name_that_is_too_long_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plot", 300 * "v"])
+    assert "v... is too long (3" in capsys.readouterr().err
+
+
 def test_an_option_of_a_part_that_the_model_does_not_have_says_to_choose_one(
     refused: Callable[[list[str]], str], checkpoint: str
 ) -> None:
