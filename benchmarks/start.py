@@ -17,6 +17,8 @@ from statistics import median
 FIT = ["fit", "-c", "digits", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
 FAST = ["--evaluation.at_start", "false", "--trainer.default_root_dir", "run"]
 IMPORTS = "import os\nimport lightning.pytorch as L\nfrom diffusion_lit.cli import CLI\n"
+END = "os._exit(0)"
+"""Without what Python does at its own end, which is no part of a start."""
 PARTS = "made = CLI.parts({args})\n"
 STEP = """
 class Ends(L.Callback):
@@ -30,8 +32,8 @@ QUIET = PARTS.format(args=[*FIT, *FAST, "--trainer.logger", "Curves"])
 STARTS = {
     "`diffusion-lit --help`": ["-m", "diffusion_lit", "--help"],
     "`diffusion-lit fit --help`": ["-m", "diffusion_lit", "fit", "--help"],
-    "imports": ["-c", IMPORTS],
-    "configuration and parts": ["-c", IMPORTS + QUIET],
+    "imports": ["-c", IMPORTS + END],
+    "configuration and parts": ["-c", IMPORTS + QUIET + END],
     "first step, without W&B": ["-c", IMPORTS + QUIET + STEP],
     "first step, with W&B": ["-c", IMPORTS + PARTS.format(args=[*FIT, *FAST]) + STEP],
 }
