@@ -183,6 +183,13 @@ def test_mlflow_writes_to_the_run_directory_unless_a_server_is_given(uri: str | 
     assert places == ({} if uri else expected)
 
 
+@pytest.mark.parametrize(("given", "place"), [("/mine", "/mine"), ("./mlruns", "/runs/a")])
+def test_mlflow_writes_to_a_directory_that_the_user_gives(given: str, place: str) -> None:
+    places = _places(MLFlowLogger, {"save_dir": given}, "/runs/a")
+    assert places["tracking_uri"] == (f"sqlite:///{place}/mlflow.db", None)
+    assert places["artifact_location"] == (f"{place}/mlruns", None)
+
+
 @pytest.mark.parametrize("nothing", [True, False, None, []])
 def test_where_there_is_no_logger_there_is_nothing_to_fill_in(nothing: Any) -> None:
     before = repr(nothing)

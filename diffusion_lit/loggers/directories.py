@@ -67,7 +67,9 @@ def _places(kind: type, arguments: dict[str, Any], run_dir: str) -> dict[str, tu
     places = dict.fromkeys(DIRECTORIES, run_dir)
     if issubclass(kind, MLFlowLogger):
         # MLflow no longer writes plain directories; where a server is given, that decides.
-        here = os.path.abspath(run_dir)
+        given = arguments.get("save_dir")
+        default = inspect.signature(MLFlowLogger).parameters["save_dir"].default
+        here = os.path.abspath(run_dir if given in (None, default) else given)
         tracking = f"sqlite:///{here}/mlflow.db"
         own = arguments.get("tracking_uri") in (None, tracking) and "MLFLOW_TRACKING_URI" not in os.environ
         places = {"tracking_uri": tracking, "artifact_location": f"{here}/mlruns"} if own else {}
