@@ -1,6 +1,5 @@
 """The commands that need a Trainer: fit, validate, test, predict and table."""
 
-import json
 import logging
 import sys
 import warnings
@@ -151,12 +150,11 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         require_devices(self.config[str(self.subcommand)].trainer)
-        # Lightning would make it twice, through YAML.
-        self.config_dump = json.loads(
-            self.parser.dump(
-                self.config, format="json", skip_unset=False, skip_validation=True, skip_link_targets=False
-            )
-        )[self.subcommand]
+        # Lightning would make it twice, and slowly.
+        text = self.parser.dump(
+            self.config, format="yaml", skip_unset=False, skip_validation=True, skip_link_targets=False
+        )
+        self.config_dump = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))[self.subcommand]
 
     def instantiate_classes(self) -> None:
         try:

@@ -76,7 +76,8 @@ def parse(args: Sequence[str], names: Sequence[str]) -> Command:
             command.print_config = True
             continue
         if key.endswith(".help"):
-            command.topics = words[:1] or [key.removesuffix(".help")]
+            given = [value] if equals else [word for word in words[:1] if not word.startswith("-")]
+            command.topics = given or [key.removesuffix(".help")]
             return command
         if not equals:
             if not words or re.match(r"--[A-Za-z]|-[a-z]$", words[0]):
@@ -167,9 +168,7 @@ def require(tree: Mapping[str, Any], slots: Mapping[str, Slot], ckpt_path: str |
             continue
         if ckpt_path is None:
             raise ValueError(f"there is no {name}; give a recipe by -c, such as -c cifar10, or --ckpt_path CHECKPOINT")
-        remedy = (
-            "--data.source CLASS, such as --data.source Folder --data.source.root FOLDER" if name == "data" else "-c"
-        )
+        remedy = "--data.source CLASS, such as --data.source Digits" if name == "data" else "-c"
         raise ValueError(f"{ckpt_path} carries no configuration of its {name}; give it by {remedy}")
     for name, value in tree.items():
         _require_arguments(value, name)

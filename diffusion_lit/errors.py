@@ -62,7 +62,7 @@ def report(error: Exception) -> NoReturn:
     if isinstance(cause, MemoryError) or any(words in text for words in NO_MEMORY):
         fail(f"there is not enough memory ({text or 'MemoryError'}); use smaller batches or a smaller network")
     if isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG:
-        name = str(cause.filename)
+        name = max(str(cause.filename).split("/"), key=len)
         fail(f"the file name {name[:40]}... is too long ({len(name)} characters); give a shorter one")
     if isinstance(cause, ModuleNotFoundError) and not str(cause.name).startswith(_PACKAGE):
         fail(f"{text}; install it with pip, or choose another part")
@@ -108,7 +108,8 @@ def innermost(error: BaseException) -> BaseException:
         if (found := of_a_part(str(error))) is not None:
             # A bug in a part says more by its kind and its line.
             root = root_of(error)
-            return root if isinstance(root, OTHER_ERRORS) and str(root) in found else ValueError(found)
+            says_all = isinstance(root, OTHER_ERRORS) and " ".join(str(root).split()) == found
+            return root if says_all else ValueError(found)
         error = cast(BaseException, error.__cause__ or error.__context__)
     found = of_a_part(str(error)) if "Union subtypes" in str(error) else None
     return error if found is None else ValueError(found)

@@ -3,7 +3,8 @@
 import time
 
 import lightning.pytorch as L
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from diffusion_lit.types import Condition, Network
 
@@ -36,13 +37,25 @@ class FailsAt(L.Callback):
         raise ValueError(f"on purpose in process {self.rank}")
 
 
-class Broken(Network):
-    """A network whose constructor has a mistake."""
+class Tabled(Network):
+    """A network with a mapping of whole numbers, which has no entry for some image sizes.
 
-    def __init__(self, image_size: int, in_channels: int = 1) -> None:
+    Args:
+        image_size: Height and width.
+        in_channels: Channels.
+        table: Widths by image size.
+        explains: Whether it says so in words of its own.
+    """
+
+    def __init__(self, image_size: int, in_channels: int = 1, table: dict = {}, explains: bool = False) -> None:  # type: ignore[type-arg]  # noqa: B006
         super().__init__()
         self.image_size, self.in_channels = image_size, in_channels
-        self.width = [16, 32][image_size]
+        try:
+            self.weight = nn.Parameter(torch.zeros(table[image_size]))
+        except KeyError as error:
+            if explains:
+                raise ValueError(f"no width for image_size={image_size}; add it to table") from error
+            raise
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
         return x

@@ -336,6 +336,14 @@ def test_a_setting_for_which_the_state_does_not_suffice_may_not(tmp_path: Path) 
         fit(tmp_path, one(make(None, RMSprop, lr=1e-3, centered=True)), 4)
 
 
+def test_a_one_cycle_schedule_may_be_the_end_of_a_longer_one(tmp_path: Path) -> None:
+    def both(optimizer: Any) -> Any:
+        return SequentialLR(optimizer, [LinearLR(optimizer, 0.5, total_iters=2), OneCycleLR(optimizer, 0.1, 2)], [2])
+
+    fit(tmp_path, tiny.module(optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9), lr_scheduler=both), 4)
+    assert tiny.load(tiny.last(tmp_path))["global_step"] == 4
+
+
 def test_a_schedule_that_cycles_betas_leaves_none_behind(tmp_path: Path) -> None:
     fit(tmp_path, one(make(OneCycleLR, arguments={"max_lr": 1e-3, "total_steps": 9})), 3)
     cycled = tiny.load(tiny.last(tmp_path))["optimizer_states"][0]["param_groups"][0]

@@ -256,12 +256,20 @@ def test_a_bad_setting_is_refused_by_value_bound_and_remedy_before_anything_is_k
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_mistake_in_a_part_of_ones_own_is_named_by_its_kind_and_line(
+TABLED = ["--model.network", "tests.faults.Tabled", "--model.network.image_size", "8", "--trust", "tests.faults"]
+
+
+def test_a_mistake_in_a_part_of_ones_own_is_named_by_its_kind_and_line_unless_it_says_more(
     refused: Callable[[list[str]], str], tmp_path: Path
 ) -> None:
-    network = ["--model.network", "tests.faults.Broken", "--model.network.image_size", "8", "--trust", "tests.faults"]
-    line = refused(["fit", "-c", "digits", *CPU, *QUIET, "--trainer.default_root_dir", str(tmp_path), *network])
-    assert re.match(r"IndexError: list index out of range \(.*faults\.py, line \d+\); for more set", line)
+    args = ["fit", "-c", "digits", *CPU, *QUIET, "--trainer.default_root_dir", str(tmp_path), *TABLED]
+    assert re.match(r"KeyError: 8 \(.*faults\.py, line \d+\); for more set", refused(args))
+    assert refused([*args, "--model.network.explains", "true"]) == "no width for image_size=8; add it to table"
+
+
+def test_a_checkpoint_carries_mappings_of_whole_numbers_as_they_were_given() -> None:
+    made = cli.CLI.parts(["fit", "-c", "digits", *CPU, *TABLED, "--model.network.table", "{8: 2}"])
+    assert made.model.config["model"]["init_args"]["network"]["init_args"]["table"] == {8: 2}
 
 
 def test_missing_data_are_refused(refused: Callable[[list[str]], str], tmp_path: Path) -> None:

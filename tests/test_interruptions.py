@@ -171,7 +171,7 @@ MANY = [
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
-    ("make", "step", "count"), [*(pytest.param(make, 4, 2, id=make.__name__) for make in SYSTEMS[1:]), *MANY]
+    ("make", "step", "count"), [*(pytest.param(make, 4, 2, id=make.__name__) for make in SYSTEMS), *MANY]
 )
 def test_interrupted_at_any_line_the_run_continues_to_the_same_end(
     tmp_path: Path, whole: Callable[[Make], Path], make: Make, step: int, count: int

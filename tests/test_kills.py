@@ -55,7 +55,7 @@ VARIANTS = {
     "command line, accumulated": Variant(accumulate=2, commands=True),
     "command line, two processes": Variant(accumulate=2, processes=2, commands=True),
 }
-QUICK = ["one process", "two processes", "two optimizers", "two optimizers in two processes", "command line"]
+QUICK = ["one process", "two processes", "two optimizers in two processes", "two optimizers", "command line"]
 
 
 def fit(place: Path, variant: Variant) -> None:

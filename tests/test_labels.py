@@ -164,6 +164,9 @@ def test_predict_writes_the_images_asked_for_and_says_of_what_they_are(tmp_path:
     with Image.open(tmp_path / "c_grid.png") as grid, Image.open(tmp_path / "b_grid.png") as other:
         assert (grid.height, other.width) == (5 * 68 - 4, 3 * 68 - 4)
         assert grid.width > 2 * 68 - 4  # the rows' classes beside them
+    named = model()
+    named.class_names = ["a", "b", "c"]
+    assert predict(tmp_path / "f", named, per_class=1)[0] == ["0", "1", "2", "3", "4"]
     assert predict(tmp_path / "d", model(), num_images=7)[0] == ["0", "1", "2", "3", "4", "0", "1"]
     assert predict(tmp_path / "e", model(Blind()), num_images=2)[0] == [None, None]
 

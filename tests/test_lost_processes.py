@@ -37,9 +37,7 @@ def run_in_two(place: Path, *faults: FailsAt, pair: bool = False, patience: floa
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize(
-    ("rank", "kept", "pair"), [(1, 3, True), pytest.param(0, None, False, marks=pytest.mark.further)]
-)
+@pytest.mark.parametrize(("rank", "kept", "pair"), [(1, 3, True), (0, None, False)])
 def test_when_one_process_fails_the_other_ends_and_the_first_keeps_its_newest_whole_step(
     tmp_path: Path, rank: int, kept: int | None, pair: bool
 ) -> None:

@@ -74,12 +74,12 @@ class ChangedOptions(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         keys = optimizer_keys(pl_module, len(trainer.optimizers))
         for key, (_, scheduler) in zip(keys, _made(trainer), strict=True):
+            if isinstance(scheduler, OneCycleLR) and not 0 <= trainer.max_steps <= scheduler.total_steps:
+                raise ValueError(
+                    f"model.{schedule_key(key)}: OneCycleLR ends after {scheduler.total_steps} steps, and the run "
+                    f"does not with trainer.max_steps={trainer.max_steps}; make them agree"
+                )
             for inner in schedules(scheduler):
-                if isinstance(inner, OneCycleLR) and not 0 <= trainer.max_steps <= inner.total_steps:
-                    raise ValueError(
-                        f"model.{schedule_key(key)}: OneCycleLR ends after {inner.total_steps} steps, and "
-                        f"trainer.max_steps={trainer.max_steps} is more; make them agree"
-                    )
                 if isinstance(inner, HeldCosine) and 0 <= inner.T_max < trainer.max_steps:
                     rank_zero_info(
                         f"model.{schedule_key(key)}.T_max={inner.T_max}: from that step to "

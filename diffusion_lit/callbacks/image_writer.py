@@ -117,7 +117,8 @@ class ImageWriter(L.Callback):
         shown = torch.from_numpy(stacked[:GRID].transpose(0, 3, 1, 2).copy())
         grid, npz = (self.directory.with_name(self.directory.name + end) for end in ("_grid.png", ".npz"))
         classes = [] if self.columns is None else [int(label) for label in labels[: GRID : self.columns] if label]
-        rows = [str(label) if class_names is None else class_names[label] for label in classes]
+        names = dict(enumerate(class_names or ()))
+        rows = [names.get(label, str(label)) for label in classes]
         save_png(tile(shown, self.columns, rows=[row[:LONGEST] for row in rows]), grid)
         made = f"{self.requests.num_images} images; {grid}"
         if self.npz:

@@ -361,6 +361,12 @@ def report(imported: Imported, source: Path, out: Path) -> str:
     return line
 
 
+def require_absent(out: Path) -> None:
+    """Raises ValueError if there is a file where the checkpoint is to be written."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another file with --out")
+
+
 def main(args: Sequence[str]) -> None:
     """Makes a checkpoint from published weights.
 
@@ -372,9 +378,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("source", help="a folder of diffusers or of export, or a file of published code")
     parser.add_argument("--out", required=True, help="the checkpoint to write")
     parser.add_argument("-c", "--config", action="append", default=[], help="a recipe; later ones win")
-    parser.add_argument(
-        "--weights", choices=(AVERAGED, RAW), help="which, where the source holds both; averaged by default"
-    )
+    parser.add_argument("--weights", choices=(AVERAGED, RAW), help="where the source holds both; averaged by default")
     parser.add_argument(
         "--trust", action="append", default=[], help="a module or class that the configuration may name"
     )
@@ -383,13 +387,13 @@ def main(args: Sequence[str]) -> None:
     if (source / SAFETENSORS).is_file() and not any(source.glob("*.json")):
         # A folder as `export` writes it. One of another program has its configuration beside the weights.
         source = source / SAFETENSORS
-    if out.exists():
-        raise ValueError(f"{out} exists already; choose another file with --out")
+    require_absent(out)
     announce(source)
     run = import_folder if source.is_dir() else import_file
     imported = run(source, given.config, given.weights, given.trust)
     with locked(out.with_name(f".{out.name}.lock"), "imports", remove=True):
         for part in out.parent.glob(f"{glob.escape(out.name)}.*{PART}"):
             part.unlink(missing_ok=True)  # of a process that was killed
+        require_absent(out)
         save(imported.model, imported.config, out)
     print(printable(report(imported, source, out)))
