@@ -57,3 +57,17 @@ def remove_abandoned(path: Path) -> None:
             with suppress(OSError), part.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 part.unlink()
+
+
+def require_writable(directory: Path) -> None:
+    """Makes the directory; raises ValueError if that, or writing into it, is not possible."""
+    probe = directory / f".writable.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {directory} ({error.strerror}); choose another directory with "
+            "--trainer.default_root_dir, or --out in predict"
+        ) from error

@@ -1,6 +1,7 @@
 """What `predict` is asked for: which images, and what they show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -13,12 +14,16 @@ from torch.utils.data import DataLoader
 
 from diffusion_lit.data.masks import White, check_white
 from diffusion_lit.data.pictures import Size, kept_texts, picture_files, read_images, read_maps, read_masks
+from diffusion_lit.files import require_writable
 from diffusion_lit.generator import Generator, check_labels
 from diffusion_lit.images import scaled
 from diffusion_lit.requests import Conditions, Given, Request, Requests
 from diffusion_lit.text import encode_text
 
 BATCH = 64
+SIDE = 8192
+MOST_PIXELS = SIDE**2
+"""Of one image that is made."""
 OPTIONS = {"image": "--image", "low_res": "--image", "mask": "--mask", "map": "--map", "caption": "--prompts"}
 """By which option each entry is asked for."""
 
@@ -122,12 +127,33 @@ def asked_pictures(
             rank_zero_info(
                 f"{option}={path}: {width} x {height} pixels, where the model was trained with {usual[2]} x {usual[1]}"
             )
+        check_size(model, name, given[name], f"{option}={path}")
         if option == "image":
             given |= kept_conditions(model, files)
     if "mask" in given and "image" in given and given["mask"].shape[2:] != given["image"].shape[2:]:
         (height, width), (h, w) = given["mask"].shape[2:], given["image"].shape[2:]
         raise ValueError(f"mask={mask} has {width} x {height} pixels, and the image {w} x {h}; resize it")
     return scaled(given)
+
+
+def check_size(model: Generator, entry: str, pictures: Tensor, asked: str) -> None:
+    """Refuses pictures, (N, C, h, w), of which a model would make larger images than there is memory for.
+
+    Raises:
+        ValueError: If an image would have more than `MOST_PIXELS`.
+    """
+    (height, width), usual = pictures.shape[2:], model.shape_of(entry)
+    rows, columns = (
+        side * made // trained
+        for side, made, trained in zip((height, width), model.image_shape[1:], usual[1:], strict=True)
+    )
+    if rows * columns > MOST_PIXELS:
+        factor = max(model.image_shape[1] // usual[1], 1)
+        raise ValueError(
+            f"{asked} has {width} x {height} pixels, of which an image of {columns} x {rows} would be made, and "
+            f"{MOST_PIXELS:,} pixels are the most; reduce it, or cut it into pieces, such as of "
+            f"{SIDE // factor} x {SIDE // factor}"
+        )
 
 
 def kept_conditions(model: Generator, files: Sequence[Path]) -> dict[str, Tensor]:
@@ -211,16 +237,31 @@ class Generation(L.LightningDataModule):
         return self.requests.loader(trainer.global_rank, trainer.world_size)
 
 
-def make_room(directory: Path, replace: bool) -> None:
+@contextmanager
+def room(directory: Path, replace: bool) -> Iterator[None]:
     """Keeps what a prediction writes apart from everything else, so that other programs can score the folder.
+
+    Folders that were made for it and stayed empty, because nothing could be predicted, are removed.
 
     Args:
         directory: Where images are written.
         replace: Whether earlier images there may be removed; else whatever is there is an error.
 
     Raises:
-        ValueError: If there is something that may not be removed.
+        ValueError: If there is something that may not be removed, or the folder cannot be written to.
     """
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        require_writable(directory)
+        _make_room(directory, replace)
+        yield
+    finally:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _make_room(directory: Path, replace: bool) -> None:
     there = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
     if there and not replace:
         raise ValueError(

@@ -30,11 +30,12 @@ from diffusion_lit.checkpoint import (
 from diffusion_lit.data import ImageData
 from diffusion_lit.edit import Edit, Edited
 from diffusion_lit.execution import Execution
+from diffusion_lit.files import require_writable
 from diffusion_lit.generator import Generator
 from diffusion_lit.lightning import PluginInput, disable_sigterm_broadcast, set_process_timeout, set_signal_connector
 from diffusion_lit.locks import locked
 from diffusion_lit.loggers import bind_loggers, resume_loggers
-from diffusion_lit.prediction import Generation, asked_conditions, asked_requests, make_room
+from diffusion_lit.prediction import Generation, asked_conditions, asked_requests, room
 from diffusion_lit.system import System
 from diffusion_lit.trainer_options import (
     check_callbacks,
@@ -308,9 +309,6 @@ class Trainer(L.Trainer):
             default = Path(self.default_root_dir) / "predictions" / f"{source}seed_{seed}"
             # Not as it was given: "." has no name, after which the files beside the folder are called.
             directory = default if out is None else Path(os.path.abspath(out))
-            if self.is_global_zero:
-                require_writable(directory)
-                make_room(directory, replace=out is None)
             other = None
             if isinstance(model, System):
                 other = model.prediction(datamodule, directory, num_images, batch_size, seed)
@@ -320,7 +318,8 @@ class Trainer(L.Trainer):
             callbacks = callbacks_of(self)
             callbacks.append(writer)
             try:
-                super().predict(model, datamodule=batches, return_predictions=False)
+                with room(directory, replace=out is None) if self.is_global_zero else nullcontext():
+                    super().predict(model, datamodule=batches, return_predictions=False)
             finally:
                 callbacks.remove(writer)
 
@@ -381,17 +380,3 @@ def held_weights(model: L.LightningModule, ckpt_path: str | None, weights: str) 
         yield
     else:
         raise ValueError(f"a {type(model).__name__} is no System, whose weights can be chosen from a checkpoint")
-
-
-def require_writable(directory: Path) -> None:
-    """Makes the directory; raises ValueError if that, or writing into it, is not possible."""
-    probe = directory / f".writable.{os.getpid()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {directory} ({error.strerror}); choose another directory with "
-            "--trainer.default_root_dir, or --out in predict"
-        ) from error

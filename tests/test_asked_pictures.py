@@ -17,7 +17,7 @@ from diffusion_lit.methods.image_guidance import ImageGuidance
 from diffusion_lit.methods.projected import Projected
 from diffusion_lit.methods.repaint import Replacement
 from diffusion_lit.methods.sdedit import SDEdit
-from diffusion_lit.prediction import asked_conditions
+from diffusion_lit.prediction import asked_conditions, check_size
 from tests import tiny
 from tests.systems import autoencoder
 from tests.test_conditioners import model
@@ -141,6 +141,7 @@ def wrong(tmp_path: Path) -> dict[str, str]:
     save(tmp_path / "small.png", hole(4))
     save(tmp_path / "label.png", np.zeros((4, 4)), label="12")
     save(tmp_path / "map.png", np.full((8, 8), 7))
+    save(tmp_path / "huge.png", np.zeros((4096, 4097)))
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
     save(tmp_path / "both" / "a.png", np.zeros((4, 4)))
@@ -176,6 +177,12 @@ LOW = lambda: model(Joint([Labels(), LowResolution(2, 1)]), 1, num_classes=10)  
             {"image": "four", "mask": "hole"},
             "mask=.*: the model makes images from low_res; leave it out, or choose",
         ),
+        (
+            LOW,
+            {"image": "huge"},
+            "image=.* has 4097 x 4096 pixels, of which an image of 8194 x 8192 would be made, and 67,108,864 pixels "
+            "are the most; reduce it, or cut it into pieces, such as of 4096 x 4096",
+        ),
         (tiny.module, {"image": "eight"}, "image=.*: the model makes images from noise alone; leave it out"),
         (lambda: model(SemanticMap(5, 0), 3), {"map": "wide"}, "map .* has 9 x 8 pixels, and the model takes 8 x 8"),
     ],
@@ -188,6 +195,13 @@ def test_what_cannot_be_asked_for_is_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as refusal:
         asked_conditions(make(), **asked)
     assert "\n" not in str(refusal.value)
+
+
+def test_the_largest_image_is_taken() -> None:
+    """Of 8192 x 8192 pixels, whatever its sides."""
+    stage = model(LowResolution(2, 1), 1)
+    for size in ((4096, 4096), (2048, 8192)):
+        check_size(stage, "low_res", torch.empty(1, 1, 1, 1).expand(1, 1, *size), "image=a.png")
 
 
 def test_a_map_with_other_classes_than_the_model_s_is_refused(tmp_path: Path) -> None:

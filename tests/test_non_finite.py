@@ -244,6 +244,19 @@ def test_a_bound_that_is_not_finite_leaves_nothing_on_record(tmp_path: Path) -> 
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_images_that_are_not_finite_leave_no_folder(tmp_path: Path) -> None:
+    """Where a folder was there before, or holds something, it stays."""
+    model = tiny.module()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e30)
+    (tmp_path / "before").mkdir()
+    for out in (None, "new/er", "before"):
+        with pytest.raises(NonFinite, match="2 of 2 images have values that are not finite"):
+            tiny.trainer(tmp_path).predict(model, num_images=2, out=None if out is None else str(tmp_path / out))
+    assert list(tmp_path.iterdir()) == [tmp_path / "before"]
+
+
 def test_a_bound_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="max_skipped_steps=0 must be at least 1"):
         tiny.module(max_skipped_steps=0)
