@@ -3,6 +3,8 @@
 `tests` hold one test per name, which fails when an upgrade of Lightning takes the name away.
 """
 
+import re
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -22,6 +24,13 @@ SignalConnector = _SignalConnector
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
     """The trainer that a module belongs to at this moment; None outside of `fit`, `test` and so on."""
     return module._trainer
+
+
+def log_gathered(module: L.LightningModule, name: str, value: Any) -> None:
+    """Logs a value that is the same in every process, without Lightning's advice to gather it."""
+    advice = f"It is recommended to use `self.log({name!r}, ..., sync_dist=True)`"
+    warnings.filterwarnings("ignore", message=re.escape(advice))
+    module.log(name, value, rank_zero_only=False, sync_dist=False)
 
 
 def show_no_epochs(callback: Callback) -> None:

@@ -23,6 +23,7 @@ from diffusion_lit import stepping
 from diffusion_lit.data.fitting import check_class_names, check_images, check_same_classes
 from diffusion_lit.data.tuples import Tuples
 from diffusion_lit.execution import Execution
+from diffusion_lit.lightning import log_gathered
 from diffusion_lit.optimization import named_errors, optimization
 from diffusion_lit.records import NonFinite
 from diffusion_lit.types import Batch, batch_size
@@ -395,4 +396,4 @@ class System(Weighted):
         for name, mean in stepping.means(self._totals, self.trainer.world_size).items():
             if not math.isfinite(mean) and self.trainer.state.fn != TrainerFn.FITTING:
                 raise NonFinite(f"{stage}/{name}={mean}: the model has diverged, or makes values that are not finite")
-            self.log(f"{stage}/{name}", mean, rank_zero_only=False, sync_dist=False)
+            log_gathered(self, f"{stage}/{name}", mean)

@@ -337,6 +337,10 @@ def test_a_validation_in_which_a_process_has_no_image_is_the_mean_over_all_image
             assert two[scalar][0][1] == pytest.approx(one[scalar][0][1], rel=1e-3), scalar
 
 
+def test_no_advice_is_given_to_gather_what_is_gathered_already(places: list[Path]) -> None:
+    assert "sync_dist" not in (places[1] / "output.txt").read_text()
+
+
 def test_totals_of_a_validation_are_means_over_images_whatever_their_share(tmp_path: Path) -> None:
     model = tiny.module(network=tiny.network(dropout=0.0), objective=FromTheImage())
     data = ImageData(Few(5), batch_size=tiny.BATCH, eval_batch_size=2)

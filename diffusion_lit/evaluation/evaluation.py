@@ -23,6 +23,7 @@ from diffusion_lit.evaluation.real_images import RealImages
 from diffusion_lit.evaluation.table import Table, fill
 from diffusion_lit.generator import Generator
 from diffusion_lit.images import to_uint8
+from diffusion_lit.lightning import log_gathered
 from diffusion_lit.loggers import IMAGES_SEEN, log_metrics
 from diffusion_lit.metrics.features import FeatureExtractor, Inception, outputs_in_memory
 from diffusion_lit.metrics.reference import Reference
@@ -190,7 +191,7 @@ class Evaluation(L.Callback):
             fill(self.table, lambda c: self.evaluate(trainer, pl_module, c.sampler, reuse=True), trainer, pl_module)
             return
         for name, value in self.evaluate(trainer, pl_module)["scores"].items():
-            pl_module.log(name, value, sync_dist=False, rank_zero_only=False)
+            log_gathered(pl_module, name, value)
 
     def _score_training(self, trainer: L.Trainer, generator: Generator) -> Mapping[str, float]:
         scores: Mapping[str, float] = {}

@@ -17,6 +17,7 @@ from diffusion_lit.diffusion import DiscreteProcess, FixedLarge, Process, Revers
 from diffusion_lit.diffusion.likelihood import Bound, bits_per_dim
 from diffusion_lit.evaluation.measure import Record, measure
 from diffusion_lit.images import from_uint8
+from diffusion_lit.lightning import log_gathered
 from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.module import DiffusionModule
 from diffusion_lit.records import NonFinite, describe
@@ -86,7 +87,7 @@ class Likelihood(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.split is not None and isinstance(pl_module, DiffusionModule):
             for name, value in self.evaluate(trainer, pl_module, self.split)["scores"].items():
-                pl_module.log(name, value, sync_dist=False, rank_zero_only=False)
+                log_gathered(pl_module, name, value)
 
     def evaluate(self, trainer: L.Trainer, module: DiffusionModule, split: Split) -> Record:
         """Computes the bound and puts it on record; collective.

@@ -18,6 +18,7 @@ from diffusion_lit.evaluation.measure import Record, known, measure
 from diffusion_lit.evaluation.table import fill
 from diffusion_lit.generator import check_finite
 from diffusion_lit.images import from_uint8, to_uint8
+from diffusion_lit.lightning import log_gathered
 from diffusion_lit.memory import in_memory, shift_steps
 from diffusion_lit.methods.anomaly.maps import Detector, Found, smooth
 from diffusion_lit.methods.anomaly.pictures import (
@@ -185,7 +186,7 @@ class AnoDDPM(DiffusionModule):
             fill(self.table, lambda cell: self.evaluate(reuse=True), self.trainer, self)
             return
         for name, value in self.evaluate()["scores"].items():
-            self.log(name, value, sync_dist=False, rank_zero_only=False)
+            log_gathered(self, name, value)
 
     def evaluate(self, reuse: bool = False) -> Record:
         """Scores the maps of the test images and puts the result on record; collective.
