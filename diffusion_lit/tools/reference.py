@@ -18,7 +18,7 @@ from tqdm import tqdm
 from diffusion_lit.data import ImageData, Split
 from diffusion_lit.evaluation.real_images import images_of
 from diffusion_lit.files import remove_abandoned
-from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, compute_reference
+from diffusion_lit.metrics import FeatureExtractor, Inception, Reference, WeightsUnavailable, compute_reference
 from diffusion_lit.parts import Slot, path_of
 from diffusion_lit.tools.prepare import parse
 
@@ -74,7 +74,10 @@ def main(args: Sequence[str]) -> None:
     extractor = {"class_path": path_of(Inception), "init_args": {}}
     parts = parse(given.config, options, {"extractor": Slot(FeatureExtractor)}, {"extractor": extractor})
     parts.data.prepare_data()
-    reference = statistics(parts.data, parts.extractor, given.split, device, given.batch_size)
+    try:
+        reference = statistics(parts.data, parts.extractor, given.split, device, given.batch_size)
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(str(error).replace("--evaluation.", "--")) from error
     reference.save(path)
     print(
         f"{path}: {reference.count:,} images of {reference.name}, {reference.extractor}\n"

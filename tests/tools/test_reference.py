@@ -61,6 +61,11 @@ def test_what_cannot_be_computed_is_refused_in_one_line(tmp_path: Path, capfd: p
             ["--out", new, "--data.source", "Digits", "--extractor", "Pixels", "--extractor.size", "0"],
             "size=0 must be at least 1",
         ),
+        (
+            ["--out", new, "--data.source", "Digits", "--extractor.weights", "nowhere.pth"],
+            "nowhere.pth: no such file; pass torch-fidelity's weights-inception-2015-12-05-6726825d.pth by "
+            "--extractor.weights PATH, or do without by --extractor Pixels",
+        ),
     ):
         with pytest.raises(SystemExit):
             cli.main(["reference", *args])
