@@ -1,5 +1,6 @@
 """The commands that need a Trainer: fit, validate, test, predict and table."""
 
+import inspect
 import logging
 import sys
 import warnings
@@ -31,6 +32,7 @@ from diffusion_lit.sections import CARRIED, SECTIONS, SEED, WRITTEN
 from diffusion_lit.system import System
 from diffusion_lit.terminal import printable
 from diffusion_lit.trainer import Trainer
+from diffusion_lit.trainer_options import check_kind
 
 __all__ = ["CARRIED", "CLI", "SECTIONS", "main", "parse", "run"]
 
@@ -136,6 +138,7 @@ class CLI(LightningCLI):
         path = self.command.option("ckpt_path") if self.command.name in LOADING else None
         if self.command.name == "predict" and path is not None and self.tree.get("data") is None:
             self.tree["data"] = {"class_path": "lightning.pytorch.LightningDataModule"}  # images need no data
+        check_kinds(self.tree["trainer"].get("callbacks"))
         require(self.tree, slots, path)
         check_seeds(self.tree)
         self.off = [name for name in SECTIONS if name in self.tree and self.tree[name] is None]
@@ -228,6 +231,13 @@ def as_test(command: Command) -> Command:
     options = [(f"evaluation.{k}" if k.partition(".")[0] == "table" else k, v) for k, v in command.options]
     command.name, command.options = "test", [("evaluation.table", "DDIMTable"), *options]
     return command
+
+
+def check_kinds(callbacks: Any) -> None:
+    """Raises ValueError if a configuration chooses a callback that no trainer takes, before its arguments matter."""
+    for chosen in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(chosen, Mapping) and inspect.isclass(kind := import_part(chosen["class_path"])):
+            check_kind(kind)
 
 
 def check_seeds(tree: Mapping[str, Any]) -> None:

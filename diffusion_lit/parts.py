@@ -30,6 +30,12 @@ PACKAGE = "diffusion_lit"
 MISSING = inspect.Parameter.empty
 _TEXTS = (enum.Enum, os.PathLike, timedelta, torch.dtype, torch.device, bytes, complex)
 """Plain types whose values are written as strings."""
+REFUSED = (
+    *("BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder", "EMAWeightAveraging", "GradientAccumulationScheduler"),
+    *("LearningRateFinder", "ModelPruning", "OnExceptionCheckpoint", "SpikeDetection", "StochasticWeightAveraging"),
+    "WeightAveraging",
+)
+"""Lightning's callbacks that may be named, and that no run takes: `trainer_options` says what to use instead."""
 _EXTERNAL: dict[str, tuple[str, ...] | None] = {
     "torch.optim": None,
     "torch.optim.lr_scheduler": None,
@@ -37,8 +43,8 @@ _EXTERNAL: dict[str, tuple[str, ...] | None] = {
         *("CSVLogger", "TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CometLogger", "LitLogger"),
     ),
     "lightning.pytorch.callbacks": (
-        *("DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler", "LearningRateMonitor"),
-        *("ModelCheckpoint", "ModelSummary", "RichModelSummary", "RichProgressBar", "TQDMProgressBar", "Timer"),
+        *("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary"),
+        *("RichModelSummary", "RichProgressBar", "TQDMProgressBar", "Timer", *REFUSED),
     ),
 }
 """Classes of other packages that a configuration may name, by module; None: all that the module offers itself."""
@@ -358,6 +364,7 @@ def candidates(bases: tuple[type, ...]) -> dict[str, type]:
         external_class(f"{module}.{name}")
         for module, allowed in _EXTERNAL.items()
         for name in allowed or vars(importlib.import_module(module))
+        if name not in REFUSED
     )
     parts = [part for part in (*own, *other) if part is not None and fits(part, bases)]
     return {part.__name__: part for part in parts if not inspect.isabstract(part)}

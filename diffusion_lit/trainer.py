@@ -1,12 +1,13 @@
 """The Trainer behind the command line: what fit, validate, test and predict take and check."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
+from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -58,6 +59,7 @@ class Trainer(L.Trainer):
     A run is its directory, `default_root_dir`.
 
     Args:
+        logger: Loggers of curves, of Lightning's base class of all of them, which LitLogger derives from.
         plugins: Lightning's; a checkpoint plugin replaces ours.
         gradient_clip_val: Largest global norm of the gradients of one optimiser; null or 0: no limit.
         process_timeout: Seconds after which one of several processes gives up waiting for another; more than the
@@ -75,6 +77,7 @@ class Trainer(L.Trainer):
     def __init__(
         self,
         *args: Any,
+        logger: Logger | Iterable[Logger] | bool | None = None,
         plugins: PluginInput | list[PluginInput] | None = None,
         gradient_clip_val: float | None = 1.0,
         process_timeout: float = 1800.0,
@@ -106,7 +109,7 @@ class Trainer(L.Trainer):
         self.clip_norm = gradient_clip_val
         """Read by `System`, which clips, with one optimiser and with several; Lightning is not told."""
         kwargs["use_distributed_sampler"] = False
-        super().__init__(*args, plugins=given, **kwargs)
+        super().__init__(*args, logger=logger, plugins=given, **kwargs)  # type: ignore[arg-type]
         check_processes(self, plugins)
         check_device(self, kwargs)
         place_checkpoints(callbacks_of(self), Path(self.default_root_dir))

@@ -191,6 +191,13 @@ def _not_by_srun(what: str) -> str:
     )
 
 
+def check_kind(kind: type) -> None:
+    """Raises ValueError, with the remedy, if no trainer takes callbacks of a class."""
+    for refused, reason in CALLBACKS.items():
+        if issubclass(kind, refused):
+            raise ValueError(f"trainer.callbacks: {kind.__name__} is not supported: {reason}")
+
+
 def check_callbacks(callbacks: Iterable[Callback], options: Mapping[str, Any]) -> None:
     """Checks the callbacks of a trainer that is not made yet.
 
@@ -203,9 +210,7 @@ def check_callbacks(callbacks: Iterable[Callback], options: Mapping[str, Any]) -
     """
     for callback in callbacks:
         name = type(callback).__name__
-        for refused, reason in CALLBACKS.items():
-            if isinstance(callback, refused):
-                raise ValueError(f"trainer.callbacks: {name} is not supported: {reason}")
+        check_kind(type(callback))
         if isinstance(callback, Timer) and timer_interval(callback) != "step":
             raise ValueError(f"trainer.callbacks: {name}.interval must be 'step': {STEPS}")
         if isinstance(callback, ModelCheckpoint):

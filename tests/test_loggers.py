@@ -204,14 +204,16 @@ def test_where_there_is_no_logger_there_is_nothing_to_fill_in(nothing: Any) -> N
         ("TensorBoardLogger", "tensorboard", "tensorboard"),
         ("MLFlowLogger", "mlflow", "mlflow"),
         ("CometLogger", "comet_ml", "comet-ml"),
-        ("litlogger.LitLogger", "litlogger", "litlogger"),
+        ("LitLogger", "litlogger", "litlogger"),
     ],
 )
 def test_a_logger_whose_package_is_missing_says_how_to_install_it(name: str, module: str, package: str) -> None:
     if find_spec(module) is not None:
         pytest.skip(f"{module} is installed")
-    with pytest.raises(ValueError, match=rf"trainer\.logger=\w+ needs {package}: pip install {package}$"):
-        fill_save_dir([{"class_path": f"lightning.pytorch.loggers.{name}"}], "runs/a")
+    command = cli.parse(["fit", "-c", "digits", "--trainer.logger", name], ["fit"])
+    chosen = cli.merged(command, cli.command_slots("fit"))["trainer"]["logger"]
+    with pytest.raises(ValueError, match=rf"trainer\.logger={name} needs {package}: pip install {package}$"):
+        fill_save_dir(chosen, "runs/a")
 
 
 def test_the_command_line_takes_a_logger_by_its_name_and_keeps_a_configuration_for_other_runs(tmp_path: Path) -> None:

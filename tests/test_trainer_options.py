@@ -14,8 +14,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.strategies import FSDPStrategy
 
+from diffusion_lit import cli
 from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Scalars
+from diffusion_lit.parts import REFUSED as REFUSED_NAMES
 from diffusion_lit.trainer import Trainer
+from diffusion_lit.trainer_options import CALLBACKS as CALLBACK_REASONS
 from tests import tiny
 
 pytestmark = [
@@ -124,6 +127,20 @@ REFUSED_CALLBACKS: dict[str, list[Callable[[], L.Callback]]] = {
     "WeightAveraging": [C.WeightAveraging],
     "EarlyStopping": [lambda: C.EarlyStopping("val/loss")],
 }
+
+
+def test_a_refused_callback_is_refused_by_its_name_alone_before_its_arguments_matter(tmp_path: Path) -> None:
+    """In a file too, which may name it."""
+    refused = tuple(CALLBACK_REASONS)
+    names = {name for name in C.__all__ if issubclass(getattr(C, name), refused)}
+    assert names == set(REFUSED_NAMES)
+    for name in names:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"trainer: {{callbacks+: [{name}]}}")
+        path = f"lightning.pytorch.callbacks.{name}"
+        for words in (["--trainer.callbacks+", name], ["--trainer.callbacks+", path], ["-c", str(file)]):
+            with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {name} is not supported: .*(set|with|out)\b"):
+                cli.CLI(["fit", "-c", "digits", *words])
 
 
 def rows(repository: Path, title: str) -> dict[str, tuple[str, str]]:
