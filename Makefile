@@ -213,16 +213,16 @@ bench-precision: $(READY) ## compare what bf16 learns with what float32 learns, 
 bench-modes: $(READY) ## compare a denoising diffusion GAN with a GAN and DDPM on 25 Gaussians: minutes on a CPU
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m benchmarks.modes $(ARGS)
 
-TEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY) ## run the tests in WORKERS=2 processes; ARGS=--cov measures the coverage of lines
-	$(TEST) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-further: $(READY) ## run further cases of what the tests try
-	$(TEST) -m further $(ARGS)
+	$(PYTEST) -m further $(ARGS)
 
 test-slow: $(READY) ## run the long tests: kills, fuzzing, soak
-	$(TEST) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
