@@ -6,6 +6,8 @@ import sys
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
+BLOCK = 2**18
+"""Values that are rounded at a time, which takes more memory than their results."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC_INTERPRETATION = 258, 262
 _NATIVE = "L" if sys.byteorder == "little" else "B"
 _OTHER = {"L": "B", "B": "L"}
@@ -29,16 +31,16 @@ def load(data: bytes) -> Image.Image:
     bands, order = raw_mode
     if bands == "LA":
         # Four bytes a pixel, like RGBA of 8 bits: high and low byte of grey, then of alpha.
-        pairs = _channels(data, "RGBA").astype(np.int32)
-        rounded = _image("LA", pairs[..., ::2] * 256 + pairs[..., 1::2])
+        pairs = _channels(data, "RGBA")
+        rounded = _image("LA", _joined(pairs[..., ::2], pairs[..., 1::2]))
     else:
         # Pillow takes the high byte of every channel; in the other byte order that is the low one.
         straight = "RGBA" if bands == "RGBa" else bands
-        high, low = (_channels(data, f"{straight};16{o}").astype(np.int32) for o in (order, _OTHER[order]))
-        values = high * 256 + low
+        values = _joined(*(_channels(data, f"{straight};16{o}") for o in (order, _OTHER[order])))
         if bands == "RGBa":
             # Premultiplied by alpha. Over white, white is added where alpha is missing.
-            rounded = _image("RGB", np.minimum(values[..., :3] + 65535 - values[..., 3:], 65535))
+            missing = 65535 - values[..., 3:]
+            rounded = _image("RGB", np.minimum(values[..., :3], 65535 - missing) + missing)
         else:
             rounded = _image(_BANDS[bands], values, image.info.get("transparency"))
     rounded.info = {key: value for key, value in image.info.items() if key != "transparency"}
@@ -85,9 +87,21 @@ def _channels(data: bytes, raw_mode: str) -> np.ndarray:
     return np.asarray(image)
 
 
+def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """16-bit values of their bytes: uint16."""
+    values = high.astype(np.uint16)
+    values <<= 8
+    values |= low
+    return values
+
+
 def _image(mode: str, values: np.ndarray, transparent: object = None, largest: int = 65535) -> Image.Image:
     """An 8-bit image of integers from 0 to `largest`, (H, W, C), of which the value `transparent` is transparent."""
-    levels = ((values * 255 + largest // 2) // largest).astype(np.uint8)
+    levels = np.empty(values.shape, np.uint8)
+    flat, rounded = values.reshape(-1), levels.reshape(-1)
+    for start in range(0, len(flat), BLOCK):
+        block = slice(start, start + BLOCK)
+        rounded[block] = (flat[block].astype(np.int32) * 255 + largest // 2) // largest
     if isinstance(transparent, int | tuple) and mode in ("L", "RGB"):
         alpha = np.where((values == np.array(transparent)).all(-1, keepdims=True), 0, 255).astype(np.uint8)
         mode, levels = f"{mode}A", np.concatenate([levels, alpha], axis=-1)

@@ -1,6 +1,7 @@
 import io
 import resource
 import struct
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -180,6 +181,18 @@ def test_a_tiff_of_sixteen_bits_is_turned_once(orientation: int) -> None:
 def test_sixteen_bits_in_a_ppm_are_rounded() -> None:
     values, expected = sixteen(3)
     np.testing.assert_array_equal(decoded(b"P6 16 16 65535\n" + values.astype(">u2").tobytes()), expected)
+
+
+def test_sixteen_bits_take_little_more_memory_than_their_file_says() -> None:
+    """By numpy: 3 bytes a pixel for either half, 6 for values, 3 for the result and for its copy; no 12 anywhere."""
+    data = png(np.full((2000, 1000, 3), 257), RGB)
+    tracemalloc.start()
+    try:
+        assert decode(data, 4).tolist() == torch.ones(3, 4, 4).tolist()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * 2_000_000
 
 
 @pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000), (20_000, 3)])
