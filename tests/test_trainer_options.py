@@ -15,7 +15,7 @@ from lightning.pytorch import callbacks as C
 from lightning.pytorch.strategies import FSDPStrategy
 
 from diffusion_lit import cli
-from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Scalars
+from diffusion_lit.callbacks import EMA, Checkpoints, ProgressBar, Report, Scalars
 from diffusion_lit.parts import REFUSED as REFUSED_NAMES
 from diffusion_lit.trainer import Trainer
 from diffusion_lit.trainer_options import CALLBACKS as CALLBACK_REASONS
@@ -265,14 +265,19 @@ def test_a_callback_that_works_changes_nothing_and_continues_exactly(
     assert tiny.rows(tmp_path / "parts") == tiny.rows(tmp_path / "whole")
 
 
-def test_early_stopping_stops_a_continued_run_where_it_stops_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_early_stopping_stops_a_continued_run_where_it_stops_an_uninterrupted_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def stopping() -> list[L.Callback]:
-        return [C.EarlyStopping("val/loss", mode="max", patience=2)]
+        return [C.EarlyStopping("val/loss", mode="max", patience=2), Report()]
 
     whole = fit(tmp_path / "whole", 50, stopping(), limit_val_batches=1, val_check_interval=2)
     for steps in (3, 5, 50):
         parts = fit(tmp_path / "parts", steps, stopping(), limit_val_batches=1, val_check_interval=2)
     assert whole.global_step == parts.global_step == 6
+    said = [line for line in caplog.messages if "stopped after" in line]
+    assert len(said) == 2
+    assert all(line.startswith("stopped after step 6: Monitored metric val/loss did not improve") for line in said)
     assert differ(*(tiny.load(tiny.last(tmp_path / place)) for place in ("whole", "parts"))) == []
 
 

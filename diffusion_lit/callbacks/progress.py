@@ -58,7 +58,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Report(L.Callback):
-    """Says what is trained, and where no bar is shown also how far it is: now and then, and at the end.
+    """Says what is trained, why it stops early, and where no bar is shown how far it is: now and then, and at the end.
 
     Args:
         seconds: Between two lines.
@@ -87,6 +87,9 @@ class Report(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self._step:
             self._say(trainer, end=True)
+        for callback in trainer.early_stopping_callbacks if trainer.should_stop else []:
+            if callback.stopping_reason_message:
+                rank_zero_info(f"stopped after step {trainer.global_step:,}: {callback.stopping_reason_message}")
 
     def _say(self, trainer: L.Trainer, end: bool = False) -> None:
         self._step, self._said = trainer.global_step, time.monotonic()
