@@ -170,7 +170,7 @@ def test_predict_refuses_to_write_images_that_are_not_finite(tmp_path: Path) -> 
     made = tiny.trainer(tmp_path, callbacks=[], logger=False)
     with pytest.raises(NonFinite, match=r"1 of 3 images have values that are not finite \(seed 5, images 1\)"):
         made.predict(tiny.module(sampler=Broken(2)), num_images=3, seed=5, out=str(tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 # Two processes
