@@ -24,6 +24,7 @@ from diffusion_lit.checkpoint import read_checkpoint, run_of
 from diffusion_lit.command import Command, configuration, known_elsewhere, parse, require, run_name
 from diffusion_lit.configuration import Merge, class_paths, only_imports
 from diffusion_lit.errors import OTHER_ERRORS
+from diffusion_lit.lightning import callback_keys, ignores_carried_arguments, runs_nothing
 from diffusion_lit.loggers import clear_save_dir, fill_save_dir, log_hyperparams
 from diffusion_lit.main import COMMANDS, main, outlive_terminal
 from diffusion_lit.parts import Slot, import_part, signature
@@ -85,6 +86,7 @@ class _SaveConfig(SaveConfigCallback):
         (Path(trainer.default_root_dir) / self.config_filename).write_text(text, encoding="utf-8")
 
 
+@ignores_carried_arguments  # The checkpoint's configuration lies below the arguments already, so that they win.
 class CLI(LightningCLI):
     """LightningCLI over a configuration that has been merged and checked: see `configuration.Merge`.
 
@@ -116,7 +118,7 @@ class CLI(LightningCLI):
     @classmethod
     def parts(cls, args: Sequence[str]) -> "CLI":
         """The model, the data and the trainer of a command line, which is not run."""
-        made: CLI = type("Parts", (cls,), {"_run_subcommand": lambda self, subcommand: None})(args)
+        made: CLI = runs_nothing(cls)(args)
         return made
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -142,14 +144,11 @@ class CLI(LightningCLI):
         require(self.tree, slots, path)
         check_seeds(self.tree)
         self.off = [name for name in SECTIONS if name in self.tree and self.tree[name] is None]
-        keys = self._subcommand_parsers[self.command.name].callback_keys
+        keys = callback_keys(self, self.command.name)
         keys[:] = [name for name in keys if name not in self.off]
         given = {name: value for name, value in self.tree.items() if name not in self.off}
         with only_imports([*self.command.trust, *class_paths(given)]):
             self.config = parser.parse_object({"subcommand": self.command.name, self.command.name: given})
-
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: the checkpoint's configuration lies below the arguments already, so that they win."""
 
     def before_instantiate_classes(self) -> None:
         require_devices(self.config[str(self.subcommand)].trainer)

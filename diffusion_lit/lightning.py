@@ -7,13 +7,18 @@ import re
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar, Timer
 from lightning.pytorch.plugins import _PLUGIN_INPUT
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+if TYPE_CHECKING:
+    # Of no use to who trains from Python.
+    from lightning.pytorch.cli import LightningCLI
+
+AnyCLI = TypeVar("AnyCLI", bound="type[LightningCLI]")
 PluginInput = _PLUGIN_INPUT
 """What Lightning takes as a plugin."""
 
@@ -91,3 +96,21 @@ def rewind_to_step(checkpoint: dict[str, Any], accumulate: int) -> None:
 def timer_interval(timer: Timer) -> str:
     """When a `Timer` looks at the clock: "step" or "epoch"."""
     return str(getattr(timer._interval, "value", timer._interval))
+
+
+def runs_nothing(cli: AnyCLI) -> AnyCLI:
+    """A class of command lines like another one, which make their parts and run no command."""
+    made: AnyCLI = type("Parts", (cli,), {"_run_subcommand": lambda self, subcommand: None})  # type: ignore[assignment]
+    return made
+
+
+def ignores_carried_arguments(cli: AnyCLI) -> AnyCLI:
+    """Lets a command line take no arguments from the hyperparameters of the checkpoint that it is given."""
+    cli._parse_ckpt_path = lambda self: None  # type: ignore[method-assign]
+    return cli
+
+
+def callback_keys(cli: "LightningCLI", command: str) -> list[str]:
+    """The sections of a command that are callbacks; what is taken out of the list is not made."""
+    keys: list[str] = cli._subcommand_parsers[command].callback_keys
+    return keys

@@ -6,10 +6,14 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy
 
 from diffusion_lit import lightning as private
+from diffusion_lit.callbacks import EMA
 from diffusion_lit.callbacks.signals import StopSignals
 from diffusion_lit.trainer import Trainer
 from tests import tiny
@@ -104,3 +108,53 @@ def test_rich_s_bar_says_nothing_of_epochs(tmp_path: Path) -> None:
     trainer = Trainer(default_root_dir=tmp_path, max_steps=1, logger=False, callbacks=[bar])
     assert trainer.max_epochs == -1
     assert bar._get_train_description(0) == "Training"
+
+
+@pytest.fixture
+def no_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning warns of pytest's own."""
+    monkeypatch.setattr("sys.argv", ["program"])
+
+
+class Small(LightningCLI):
+    """A command line with a section."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(BoringModel, args=args, seed_everything_default=0)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {"fit": {"model"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(EMA, "ema")
+
+
+@pytest.mark.usefixtures("no_words")
+@pytest.mark.parametrize(("nothing", "steps"), [(True, 0), (False, 1)])
+def test_a_command_line_that_runs_nothing_makes_its_parts(tmp_path: Path, nothing: bool, steps: int) -> None:
+    place = ["--trainer.default_root_dir", str(tmp_path), "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
+    quiet = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.barebones", "true"]
+    made = (private.runs_nothing(Small) if nothing else Small)(["fit", *place, *quiet])
+    assert made.trainer.global_step == steps
+
+
+@pytest.mark.usefixtures("no_words")
+def test_hyperparameters_of_a_checkpoint_are_not_taken_for_arguments(tmp_path: Path) -> None:
+    torch.save({"hyper_parameters": {"no_such_argument": 1}}, tmp_path / "a.ckpt")
+    args = ["fit", "--ckpt_path", str(tmp_path / "a.ckpt"), "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    with pytest.raises(SystemExit):
+        private.runs_nothing(Small)(args)
+    ignoring = private.ignores_carried_arguments(type("Ignoring", (Small,), {}))
+    assert private.runs_nothing(ignoring)(args).model is not None
+
+
+@pytest.mark.usefixtures("no_words")
+def test_a_section_whose_key_is_taken_out_is_not_made() -> None:
+    class Without(Small):
+        def before_instantiate_classes(self) -> None:
+            private.callback_keys(self, "fit").remove("ema")
+
+    args = ["fit", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    for kind, expected in ((Small, 1), (Without, 0)):
+        made = private.runs_nothing(kind)(args)
+        assert sum(isinstance(callback, EMA) for callback in made.trainer.callbacks) == expected  # type: ignore[attr-defined]
