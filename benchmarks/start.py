@@ -3,7 +3,7 @@
     python -m benchmarks.start --rounds 5
 
 Every start is a process of its own. The first step is that of `fit -c digits` without the score before it. A later
-stage contains the earlier ones; W&B, which makes a run without a network here, is the last before the step.
+row contains the earlier ones; the last one includes W&B, without a network.
 """
 
 import argparse

@@ -202,6 +202,8 @@ def test_the_largest_image_is_taken() -> None:
     stage = model(LowResolution(2, 1), 1)
     for size in ((4096, 4096), (2048, 8192)):
         check_size(stage, "low_res", torch.empty(1, 1, 1, 1).expand(1, 1, *size), "image=a.png")
+    with pytest.raises(ValueError, match=r"image=a\.png has 4096 x 4097 pixels"):
+        check_size(stage, "low_res", torch.empty(1, 1, 1, 1).expand(1, 1, 4097, 4096), "image=a.png")
 
 
 def test_a_map_with_other_classes_than_the_model_s_is_refused(tmp_path: Path) -> None:
